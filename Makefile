@@ -1,0 +1,68 @@
+# The commands of this project; `make help` lists them. Each makes the environment it needs, once:
+# a stamp file inside says that it is complete, and is older than the files it was made from only when those change.
+#
+#   make test ARGS="-k anderson -x"       arguments for pytest (or for the demo, or the benchmark)
+#   make demo PYTHON=python3.12           another interpreter, when .venv does not exist yet
+#
+# On Linux, PyPI's torch is a CUDA build of several GB. The CPU build is enough for everything here:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BENCH_VENV := .venv-bench
+STAMP := $(VENV)/.installed
+BENCH_STAMP := $(BENCH_VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench install clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## train an implicit model on real data, offline, in under a minute
+	$(VENV)/bin/idl demo $(ARGS)
+
+test: $(STAMP)  ## run the whole test suite, doctests included
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff (rules and format) and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(BENCH_STAMP)  ## measure speed and accuracy beside two public libraries and an MLP
+	$(BENCH_VENV)/bin/python benchmarks/implicit_model.py $(ARGS)
+
+install: $(STAMP)  ## make the environment .venv and nothing else
+
+clean:  ## remove environments, caches and builds (runs/ stays)
+	rm -rf $(VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# $(call make_venv,FOLDER): an empty environment, unless it is there already with the same command still working.
+define make_venv
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+		echo "error: '$(PYTHON)' not found. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; \
+		exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: '$(PYTHON)' is $$($(PYTHON) --version 2>&1), and this project needs Python 3.10 or newer."; \
+		echo "       Name a newer one: make PYTHON=/path/to/python3"; \
+		exit 1; }
+	@test -x $(1)/bin/python -a -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1)
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	$(call make_venv,$(VENV))
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(call make_venv,$(BENCH_VENV))
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --requirement benchmarks/requirements.txt
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps torchidl==0.0.4 torchdeq==0.1.0
+	@touch $@

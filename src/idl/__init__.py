@@ -1,0 +1,37 @@
+"""Implicit deep learning: models whose hidden state is an equilibrium."""
+
+from idl.activations import Activation
+from idl.differentiation import ImplicitAdjoint, PhantomAdjoint, UnrolledAdjoint
+from idl.equilibrium import equilibrium, fixed_point
+from idl.errors import ConvergenceError, ConvergenceWarning
+from idl.functions import ImplicitFunction, ImplicitFunctionInf, ImplicitFunctionTriu
+from idl.nn import ImplicitModel
+from idl.solvers import Adaptive, Anderson, BackSubstitution, Newton, Picard, Solution
+from idl.wellposed import Free, InfNorm, InfNormProjection, StrictlyTriangular
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation",
+    "Adaptive",
+    "Anderson",
+    "BackSubstitution",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "Free",
+    "ImplicitAdjoint",
+    "ImplicitFunction",
+    "ImplicitFunctionInf",
+    "ImplicitFunctionTriu",
+    "ImplicitModel",
+    "InfNorm",
+    "InfNormProjection",
+    "Newton",
+    "PhantomAdjoint",
+    "Picard",
+    "Solution",
+    "StrictlyTriangular",
+    "UnrolledAdjoint",
+    "equilibrium",
+    "fixed_point",
+]

@@ -1,0 +1,5 @@
+"""`python -m idl` is the command `idl`."""
+
+from idl.cli import main
+
+main()

@@ -1,0 +1,144 @@
+"""Activations: phi, its derivative and a bound on its slope; no model and no solver."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Activation:
+    r"""A componentwise activation :math:`\phi` with what a solver can use of it.
+
+    Args:
+        phi: The function, applied to a tensor of any shape, entry by entry.
+        derivative: :math:`\phi'` at the pre-activation ``z``, differentiable by autograd; without it
+            derivatives come from autograd, and ``phi`` may then also couple the entries of a sample.
+        lipschitz: The largest slope, ``None`` if unknown. A constraint of radius ``kappa`` allows
+            row sums up to ``kappa / lipschitz``, so that the whole map contracts with factor ``kappa``.
+        derivative_of_output: :math:`\phi'(z)` written as a function of ``phi(z)``; saves the backward a product.
+        phi_: ``phi`` in place.
+        name: What ``repr`` shows.
+    """
+
+    phi: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor] | None = None
+    lipschitz: float | None = None
+    derivative_of_output: Callable[[Tensor], Tensor] | None = None
+    phi_: Callable[[Tensor], Tensor] | None = None
+    name: str = "custom"
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return ``phi(z)``."""
+        return self.phi(z)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def apply_(self, z: Tensor) -> Tensor:
+        """Return ``phi(z)``, which may overwrite ``z``."""
+        return self.phi(z) if self.phi_ is None else self.phi_(z)
+
+
+def _positive(x: Tensor) -> Tensor:
+    return (x > 0).to(x.dtype)
+
+
+_LEAK = 0.01  # torch's default negative slope
+
+
+def _leaky_slope(x: Tensor) -> Tensor:
+    return torch.where(x > 0, 1.0, _LEAK).to(x.dtype)
+
+
+def _leaky_relu(z: Tensor) -> Tensor:
+    return F.leaky_relu(z, _LEAK)
+
+
+def _leaky_relu_(z: Tensor) -> Tensor:
+    return F.leaky_relu_(z, _LEAK)
+
+
+def _tanh_slope(z: Tensor) -> Tensor:
+    return 1 - torch.tanh(z).square()
+
+
+def _tanh_slope_of_output(x: Tensor) -> Tensor:
+    return 1 - x.square()
+
+
+def _sigmoid_slope(z: Tensor) -> Tensor:
+    return torch.sigmoid(z) * torch.sigmoid(-z)
+
+
+def _sigmoid_slope_of_output(x: Tensor) -> Tensor:
+    return x * (1 - x)
+
+
+def _softplus(z: Tensor) -> Tensor:
+    return torch.logaddexp(z, torch.zeros_like(z))  # torch's softplus turns linear at 20, which bends derivatives
+
+
+def _softplus_slope_of_output(x: Tensor) -> Tensor:
+    return -torch.expm1(-x)
+
+
+def _silu_slope(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def _identity(z: Tensor) -> Tensor:
+    return z
+
+
+relu = Activation(torch.relu, _positive, 1.0, _positive, torch.relu_, "relu")
+leaky_relu = Activation(_leaky_relu, _leaky_slope, 1.0, _leaky_slope, _leaky_relu_, "leaky_relu")
+tanh = Activation(torch.tanh, _tanh_slope, 1.0, _tanh_slope_of_output, torch.tanh_, "tanh")
+sigmoid = Activation(torch.sigmoid, _sigmoid_slope, 0.25, _sigmoid_slope_of_output, torch.sigmoid_, "sigmoid")
+softplus = Activation(_softplus, torch.sigmoid, 1.0, _softplus_slope_of_output, None, "softplus")
+# max of sigma(z)(1 + z(1 - sigma(z))) is 1.09983942... at z = 2.39936; rounded up.
+silu = Activation(F.silu, _silu_slope, 1.0998395, None, None, "silu")
+identity = Activation(_identity, torch.ones_like, 1.0, torch.ones_like, _identity, "identity")
+
+BY_NAME: dict[str, Activation] = {
+    a.name: a for a in (relu, leaky_relu, tanh, sigmoid, softplus, silu, identity)
+}
+
+
+def componentwise(activation: Activation) -> Activation:
+    """Return ``activation`` with its derivative from autograd, taken to act on each entry by itself."""
+
+    def derivative(z: Tensor) -> Tensor:
+        _, pull, *_ = torch.func.vjp(activation.phi, z)
+        return pull(torch.ones_like(z))[0]
+
+    return replace(activation, derivative=derivative)
+
+
+def resolve(activation: str | Activation | Callable[[Tensor], Tensor]) -> Activation:
+    """Return the activation of a name, of an :class:`Activation`, or of any callable on tensors.
+
+    A callable carries no derivative and no slope bound: gradients come from autograd (also those of its own
+    parameters, and also where it couples the entries of a sample), and no error bound is claimed.
+
+    Raises:
+        ValueError: If the name is unknown.
+        TypeError: If ``activation`` is neither a string nor callable.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    if isinstance(activation, str):
+        if activation not in BY_NAME:
+            raise ValueError(
+                f"`activation` must be one of {', '.join(map(repr, BY_NAME))}, an Activation or a callable; "
+                f"got {activation!r}."
+            )
+        return BY_NAME[activation]
+    if callable(activation):
+        return Activation(activation, name=getattr(activation, "__name__", type(activation).__name__))
+    raise TypeError(
+        f"`activation` must be a name, an Activation or a callable on tensors; got {type(activation).__name__}."
+    )

@@ -1,0 +1,81 @@
+"""Checks of what a caller passed: one function per fact, each raises an error that names the argument."""
+
+import math
+from collections.abc import Mapping
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+
+def positive_integer(name: str, value: object) -> int:
+    """Return ``value`` if it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` must be an integer >= 1; got {value!r} of type {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be an integer >= 1; got {value!r}.")
+    return int(value)
+
+
+def non_negative(name: str, value: object) -> float:
+    """Return ``value`` if it is a finite real number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a real number >= 0; got {value!r} of type {type(value).__name__}.")
+    number = float(value)
+    if not (number >= 0 and math.isfinite(number)):
+        raise ValueError(f"`{name}` must be finite and >= 0; got {value!r}.")
+    return number
+
+
+def in_open_unit(name: str, value: object, advice: str = "") -> float:
+    """Return ``value`` if it lies strictly between 0 and 1."""
+    number = _real(name, value)
+    if not 0 < number < 1:
+        raise ValueError(f"`{name}` must lie strictly between 0 and 1; got {value!r}.{advice and ' ' + advice}")
+    return number
+
+
+def in_half_open_unit(name: str, value: object) -> float:
+    """Return ``value`` if it lies in ``(0, 1]``."""
+    number = _real(name, value)
+    if not 0 < number <= 1:
+        raise ValueError(f"`{name}` must lie in (0, 1]; got {value!r}.")
+    return number
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return ``value`` if it is one of the strings ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+    return value
+
+
+def floating_tensor(name: str, value: object) -> Tensor:
+    """Return ``value`` if it is a real floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}. Try torch.as_tensor({name}).")
+    if not value.is_floating_point():
+        raise TypeError(f"`{name}` must have a floating-point dtype; got {value.dtype}. Try {name}.float().")
+    return value
+
+
+def same_device_and_dtype(tensors: Mapping[str, Tensor]) -> None:
+    """Check that all tensors live on one device with one dtype (under autocast the dtypes may differ)."""
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != first.device:
+            raise ValueError(
+                f"`{name}` is on {tensor.device} but `{first_name}` is on {first.device}. "
+                f"Move one of them: {name}.to({str(first.device)!r})."
+            )
+        if tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+            raise TypeError(
+                f"`{name}` has dtype {tensor.dtype} but `{first_name}` has {first.dtype}. "
+                f"Convert one of them: {name}.to({first.dtype})."
+            )
+
+
+def _real(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a real number; got {value!r} of type {type(value).__name__}.")
+    return float(value)

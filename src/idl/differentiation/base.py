@@ -1,0 +1,77 @@
+"""What an adjoint is, and the one report of a failed solve."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from idl import checks
+from idl.errors import ConvergenceError, ConvergenceWarning
+from idl.maps.base import Parameters, ParametricMap
+from idl.solvers.base import AbstractFixedPointSolver, Problem
+from idl.solvers.iterate import Iterate
+
+OnFailure = Literal["raise", "warn", "ignore"]
+
+
+@dataclass(frozen=True)
+class FailureReport:
+    """What happens when some sample did not converge.
+
+    Args:
+        on_failure: Raise :class:`~idl.errors.ConvergenceError`, warn once, or neither.
+        advice: Returns what the caller knows of the cause and what to try; called only on failure.
+    """
+
+    on_failure: OnFailure = "warn"
+    advice: Callable[[], str] | None = None
+
+    def __post_init__(self) -> None:
+        checks.one_of("on_failure", self.on_failure, ("raise", "warn", "ignore"))
+
+    def __call__(self, result: Iterate, solver: AbstractFixedPointSolver, problem: Problem, subject: str) -> None:
+        """Report ``result`` if not all of its rows converged."""
+        if result.all_converged or self.on_failure == "ignore":
+            return
+        failed = ~result.converged
+        residual = problem.distance(problem(result.x), result.x)[failed]
+        finite = residual[residual.isfinite()]
+        size = f"residual up to {float(finite.max()):.1e}" if len(finite) else "no finite value"
+        lost = int((~result.x.isfinite()).any(1).sum())
+        message = (
+            f"{type(solver).__name__} stopped after {int(result.steps.max())} steps: {int(failed.sum())} of "
+            f"{len(failed)} samples of the {subject} have not converged; {size} > atol={solver.atol:g}"
+            + (f", rtol={solver.rtol:g}" if solver.rtol else "")
+            + (f"; {lost} of them are NaN (is the input finite?)" if lost else "")
+            + "."
+            + (f"\n    {self.advice()}" if self.advice is not None else "")
+        )
+        if self.on_failure == "raise":
+            raise ConvergenceError(message)
+        warnings.warn(message, ConvergenceWarning, stacklevel=2)
+
+
+class AbstractAdjoint(ABC):
+    """A rule that gives gradients to the parameters of a fixed point."""
+
+    @abstractmethod
+    def fixed_point(
+        self,
+        parametric: ParametricMap,
+        solver: AbstractFixedPointSolver,
+        x0: Tensor | None,
+        parameters: Parameters,
+        report: FailureReport,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the fixed point ``(rows, n)`` with its gradient attached, and steps and convergence of each row.
+
+        Args:
+            parametric: The map.
+            solver: Method of the forward solve.
+            x0: Start, ``(rows, n)``, ``None`` for zeros; carries no gradient.
+            parameters: Parameters of the map.
+            report: What to do about rows that do not converge.
+        """

@@ -1,0 +1,322 @@
+"""Where map, solver and adjoint meet: the equilibrium of an implicit model, and any other fixed point."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from idl import activations, checks
+from idl.activations import Activation
+from idl.differentiation.base import AbstractAdjoint, FailureReport, OnFailure
+from idl.differentiation.implicit import ImplicitAdjoint, without_autocast
+from idl.linalg.norms import inf_norm
+from idl.linalg.operators import Dense, StateMatrix
+from idl.maps.affine import AffineMap
+from idl.maps.base import Parameters, ParametricMap
+from idl.maps.closure import captured_tensors, with_captured
+from idl.maps.general import GeneralMap
+from idl.solvers.adaptive import Adaptive
+from idl.solvers.base import AbstractFixedPointSolver, Solution
+
+_SOLVER = Adaptive()
+_ADJOINT = ImplicitAdjoint()
+
+
+def equilibrium(
+    A: Float[Tensor, "n n"] | StateMatrix,
+    B: Float[Tensor, "n p"],
+    u: Float[Tensor, "*batch p"],
+    *,
+    bias: Float[Tensor, " n"] | None = None,
+    phi: str | Activation | Callable[[Tensor], Tensor] = activations.relu,
+    x0: Float[Tensor, "*batch n"] | None = None,
+    solver: AbstractFixedPointSolver = _SOLVER,
+    adjoint: AbstractAdjoint = _ADJOINT,
+    on_failure: OnFailure = "warn",
+) -> Solution:
+    r"""Solve the equilibrium equation :math:`x = \phi(Ax + Bu + b)` for each input of a batch.
+
+    The equation of the implicit model (El Ghaoui et al., Implicit Deep Learning, SIAM J. Math. Data Sci. 3(3), 2021),
+    with samples as rows. A unique solution exists when :math:`\|A\|_\infty < 1` and ``phi`` is componentwise
+    1-Lipschitz; that is not tested here, :mod:`idl.wellposed` gives such matrices.
+
+    Inputs in half precision, or under autocast, are solved in float32; ``x`` comes back in the promoted dtype.
+
+    Args:
+        A: State matrix, a tensor or one of the operators of :mod:`idl.linalg.operators`.
+        B: Input matrix.
+        u: Inputs, one a row.
+        bias: Constant added to every pre-activation.
+        phi: Activation: a name, an :class:`~idl.activations.Activation`, or any callable on rows.
+        x0: Start of the iteration, zeros if ``None``; changes the steps, not the solution; no gradient.
+        solver: Method that finds the fixed point.
+        adjoint: Rule that gives gradients to ``A``, ``B``, ``bias`` and ``u``.
+        on_failure: What to do if some sample has not converged after ``solver.max_steps``.
+
+    Returns:
+        The solution, ``x`` of shape ``(*batch, n)``.
+
+    Raises:
+        TypeError, ValueError: If shapes, dtypes or devices of the arguments disagree, or an option is unknown.
+        ConvergenceError: If a sample did not converge and ``on_failure="raise"``.
+
+    Example:
+        >>> A, B, u = torch.tensor([[0.5]]), torch.tensor([[1.0]]), torch.tensor([[1.0]])
+        >>> equilibrium(A, B, u).x
+        tensor([[2.0000]])
+    """
+    return attempt(A, B, u, bias, activations.resolve(phi), x0, solver, adjoint, on_failure).measured()
+
+
+def fixed_point(
+    f: Callable[..., Any],
+    x0: Any,
+    *params: Any,
+    solver: AbstractFixedPointSolver = _SOLVER,
+    adjoint: AbstractAdjoint = _ADJOINT,
+    on_failure: OnFailure = "warn",
+) -> Solution:
+    r"""Solve :math:`x = f(x, \theta)` for any function or module ``f``, with gradients to all that ``f`` reads.
+
+    Gradients flow to tensors in ``params`` and to those that ``f`` holds: parameters of a module, tensors of an
+    outer scope. ``f`` must be deterministic, and the fixed point is found where ``f`` contracts or nearly does.
+
+    Where every tensor of the state has two dimensions or more and the same first size, that dimension counts the
+    samples, each with its own residual; otherwise the state is one sample.
+
+    Args:
+        f: Called as ``f(x, *params)``; returns a state of the structure and shapes of ``x``.
+        x0: Start: a floating-point tensor, or any nest of lists, tuples and dicts of such; no gradient.
+        params: Further arguments of ``f``, any nests of tensors and other values.
+        solver: Method that finds the fixed point.
+        adjoint: Rule that gives the gradients.
+        on_failure: What to do if some sample has not converged after ``solver.max_steps``.
+
+    Returns:
+        The solution; ``x`` has the structure of ``x0``.
+
+    Raises:
+        TypeError, ValueError: If ``x0`` holds no floating-point tensors of one dtype and device, or ``f`` returns
+            another structure.
+        ConvergenceError: If a sample did not converge and ``on_failure="raise"``.
+
+    Example:
+        >>> fixed_point(torch.cos, torch.tensor(1.0)).x
+        tensor(0.7391)
+    """
+    return eagerly(_fixed_point, f, x0, params, solver, adjoint, on_failure)
+
+
+def _fixed_point(
+    f: Callable[..., Any],
+    x0: Any,
+    params: tuple[Any, ...],
+    solver: AbstractFixedPointSolver,
+    adjoint: AbstractAdjoint,
+    on_failure: OnFailure,
+) -> Solution:
+    report = FailureReport(on_failure, lambda: _GENERAL_ADVICE)
+    layout = _Layout(x0)
+    leaves, structure = pytree.tree_flatten(params)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    captured, image = captured_tensors(f, (x0, *params))
+    layout.check(image)
+    tensors = [leaves[i] for i in places]
+
+    def function(x: Tensor, *values: Tensor) -> Tensor:
+        arguments = list(leaves)
+        for i, value in zip(places, values, strict=False):
+            arguments[i] = value
+        pure = with_captured(f, captured, values[len(places) :])
+        return layout.pack(pure(layout.unpack(x), *pytree.tree_unflatten(arguments, structure)))
+
+    parametric, parameters = GeneralMap(function), (*tensors, *captured)
+    # The run that found what f reads is the first step.
+    start = layout.pack(image).detach()
+    x, steps, converged = adjoint.fixed_point(parametric, solver, start, parameters, report)
+    residual = _measured_residual(parametric, parameters, x)
+    if not layout.batched:
+        residual, steps, converged = residual[0], steps[0], converged[0]
+    return Solution(layout.unpack(x), residual, steps, converged)
+
+
+_GENERAL_ADVICE = (
+    "The map may not contract. Raise max_steps, loosen atol, average with Picard(damping=0.5), or try "
+    "Anderson() or Newton()."
+)
+
+
+class Attempt(NamedTuple):
+    """A solved equilibrium whose residual has not been measured."""
+
+    x: Tensor
+    """The equilibrium, with its gradient; ``(*batch, n)``."""
+    rows: Tensor
+    """The same as ``(rows, n)`` in the precision of the solve."""
+    steps: Tensor
+    converged: Tensor
+    parametric: ParametricMap
+    parameters: Parameters
+
+    def measured(self, kappa: float | None = None) -> Solution:
+        """Return the solution; where the map contracts by ``kappa`` it says how far ``x`` is from the fixed point."""
+        batch = self.x.shape[:-1]
+        residual = _measured_residual(self.parametric, self.parameters, self.rows)
+        bound = None if kappa is None else (residual / (1 - kappa)).reshape(batch)
+        return Solution(
+            self.x, residual.reshape(batch), self.steps.reshape(batch), self.converged.reshape(batch), bound
+        )
+
+
+def attempt(
+    A: Tensor | StateMatrix,
+    B: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    phi: Activation,
+    x0: Tensor | None,
+    solver: AbstractFixedPointSolver,
+    adjoint: AbstractAdjoint,
+    on_failure: OnFailure,
+) -> Attempt:
+    """Solve as :func:`equilibrium` does, without the extra application of the map that measures the residual."""
+    return eagerly(_attempt, A, B, u, bias, phi, x0, solver, adjoint, on_failure)
+
+
+def _attempt(
+    A: Tensor | StateMatrix,
+    B: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    phi: Activation,
+    x0: Tensor | None,
+    solver: AbstractFixedPointSolver,
+    adjoint: AbstractAdjoint,
+    on_failure: OnFailure,
+) -> Attempt:
+    state_matrix = A if isinstance(A, StateMatrix) else Dense(checks.floating_tensor("A", A))
+    _check_shapes(state_matrix, B, u, bias, x0)
+    Z = F.linear(u, B, bias)
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in state_matrix.tensors), Z.dtype)
+    # Half precision cannot express a contraction's last digits: solve in float32 and round once, at the end.
+    precision = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    rows = Z.to(precision).reshape(-1, Z.shape[-1])
+    tensors = [t.to(precision) for t in state_matrix.tensors]
+    start = None if x0 is None else x0.to(precision).expand(Z.shape).reshape(rows.shape)
+    parametric: ParametricMap
+    if phi.derivative is not None:
+        parametric, parameters = AffineMap(type(state_matrix), phi), (rows, *tensors)
+    else:
+        captured, _ = captured_tensors(phi, (rows,))
+        parametric = GeneralMap(_composed(type(state_matrix), phi, len(tensors), captured))
+        parameters = (rows, *tensors, *captured)
+        start = torch.zeros_like(rows) if start is None else start
+    report = FailureReport(on_failure, lambda: _advice(state_matrix))
+    with without_autocast(Z.device):
+        x, steps, converged = adjoint.fixed_point(parametric, solver, start, parameters, report)
+    return Attempt(x.to(dtype).reshape(Z.shape), x, steps, converged, parametric, parameters)
+
+
+def _composed(
+    kind: type[StateMatrix], phi: Activation, count: int, captured: list[Tensor]
+) -> Callable[..., Tensor]:
+    """Return ``phi(x A^T + Z)`` as a function of ``x, Z, *A, *captured``."""
+
+    def function(x: Tensor, Z: Tensor, *values: Tensor) -> Tensor:
+        pure = with_captured(phi, captured, values[count:])
+        return pure(kind(*values[:count]).apply(x) + Z)
+
+    return function
+
+
+def _measured_residual(parametric: ParametricMap, parameters: Parameters, x: Tensor) -> Tensor:
+    x = x.detach()
+    with torch.no_grad():
+        value, _ = parametric.at(tuple(p.detach() for p in parameters)).linearise(x)
+        return torch.linalg.vector_norm(value - x, torch.inf, dim=1).to(x.dtype)
+
+
+def eagerly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function`` outside any graph that torch.compile is tracing: its loops depend on the data."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(function)(*arguments)
+    return function(*arguments)
+
+
+def _check_shapes(
+    state_matrix: StateMatrix, B: Tensor, u: Tensor, bias: Tensor | None, x0: Tensor | None
+) -> None:
+    named = {"B": B, "u": u, "bias": bias, "x0": x0}
+    present = {name: checks.floating_tensor(name, t) for name, t in named.items() if t is not None}
+    n = state_matrix.dim
+    for tensor in state_matrix.tensors:
+        if tensor.dim() != 2 or n not in tensor.shape:
+            raise ValueError(f"`A` must be a square matrix, or two factors; got shape {tuple(tensor.shape)}.")
+    if isinstance(state_matrix, Dense) and tuple(state_matrix.matrix.shape) != (n, n):
+        raise ValueError(f"`A` must be square; got shape {tuple(state_matrix.matrix.shape)}.")
+    if B.dim() != 2 or B.shape[0] != n:
+        raise ValueError(f"`B` must have shape ({n}, p) because A is {n} x {n}; got {tuple(B.shape)}.")
+    if u.dim() == 0 or u.shape[-1] != B.shape[1]:
+        raise ValueError(
+            f"`u` must have shape (..., {B.shape[1]}) because B has shape {tuple(B.shape)}; got {tuple(u.shape)}.\n"
+            "    Flatten each sample first: u.flatten(1)."
+        )
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"`bias` must have shape ({n},); got {tuple(bias.shape)}.")
+    if x0 is not None and (x0.dim() == 0 or x0.shape[-1] != n or x0.dim() > u.dim()):
+        raise ValueError(f"`x0` must have shape {(*u.shape[:-1], n)}, one start a sample; got {tuple(x0.shape)}.")
+    checks.same_device_and_dtype({"A": state_matrix.tensors[0], **present})
+
+
+def _advice(state_matrix: StateMatrix) -> str:
+    norm = float(inf_norm(state_matrix.detached()))
+    contracts = "so the map contracts, but slowly" if norm < 1 else "so the map need not contract"
+    constrain = "Lower kappa" if norm < 1 else "Constrain A with ImplicitFunctionInf (||A||_inf <= kappa < 1)"
+    return (
+        f"max row sum of |A| is {norm:.4g}, {contracts}. {constrain}, raise mitr (the solver's max_steps), "
+        "or try solver=Newton()."
+    )
+
+
+class _Layout:
+    """How a nest of tensors is one matrix ``(rows, n)``, and back."""
+
+    def __init__(self, x0: Any) -> None:
+        leaves, self.structure = pytree.tree_flatten(x0)
+        if not leaves:
+            raise ValueError("`x0` must hold at least one tensor; got an empty structure.")
+        named = {f"x0[{i}]" if len(leaves) > 1 else "x0": leaf for i, leaf in enumerate(leaves)}
+        for name, leaf in named.items():
+            checks.floating_tensor(name, leaf)
+        checks.same_device_and_dtype(named)
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.batched = all(len(s) >= 2 and s[0] == self.shapes[0][0] for s in self.shapes)
+        self.rows = self.shapes[0][0] if self.batched else 1
+        self.sizes = [s[1:].numel() if self.batched else s.numel() for s in self.shapes]
+
+    def pack(self, state: Any) -> Tensor:
+        """Return the state as one matrix."""
+        parts = [leaf.reshape(self.rows, size) for leaf, size in zip(pytree.tree_leaves(state), self.sizes, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def unpack(self, x: Tensor) -> Any:
+        """Return the state that a matrix stands for."""
+        parts = x.split(self.sizes, 1) if len(self.sizes) > 1 else (x,)
+        return pytree.tree_unflatten(
+            [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)], self.structure
+        )
+
+    def check(self, image: Any) -> None:
+        """Check that ``f(x0)`` is a state like ``x0``."""
+        leaves, structure = pytree.tree_flatten(image)
+        if structure != self.structure:
+            raise ValueError(f"`f` must return a state of the structure of x0, {self.structure}; got {structure}.")
+        for leaf, shape in zip(leaves, self.shapes, strict=True):
+            if not isinstance(leaf, Tensor) or leaf.shape != shape:
+                got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ValueError(f"`f` must return tensors of the shapes of x0; expected {tuple(shape)}, got {got}.")

@@ -1,0 +1,191 @@
+"""Implicit functions: named compositions of activation, constraint, solver and adjoint, a few lines each."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from idl import activations, checks
+from idl.activations import Activation
+from idl.differentiation.base import AbstractAdjoint, OnFailure
+from idl.differentiation.implicit import ImplicitAdjoint
+from idl.equilibrium import Attempt, attempt, eagerly
+from idl.linalg.operators import StateMatrix
+from idl.solvers.adaptive import Adaptive
+from idl.solvers.base import AbstractFixedPointSolver, Solution
+from idl.solvers.substitution import BackSubstitution
+from idl.wellposed.base import AbstractConstraint, Free
+from idl.wellposed.inf_norm import InfNorm
+from idl.wellposed.triangular import StrictlyTriangular
+
+StateParameters = Tensor | tuple[Tensor, Tensor]
+"""The free parameter of a state matrix: ``A`` of shape ``(n, n)``, or factors ``(L, R)``, each ``(n, r)``."""
+
+
+class ImplicitFunction:
+    r"""The function :math:`(A, B, u) \mapsto x` with :math:`x = \phi(Ax + Bu + b)`, for any ``A``.
+
+    An own activation is a subclass that overrides :meth:`phi` (and :meth:`dphi`; without it the derivative comes from
+    autograd). Settings belong to the instance: two functions never share any.
+
+    Args:
+        mitr: Most steps of the forward solve.
+        grad_mitr: Most steps of a derivative's solve.
+        tol: Absolute tolerance of the equilibrium, largest entry.
+        grad_tol: Tolerance of a derivative's solve, relative to its source.
+        activation: Name, :class:`~idl.activations.Activation` or callable; ``None`` means ReLU.
+        constraint: Which ``A`` are allowed.
+        solver: Method of the forward solve instead of :class:`~idl.solvers.Adaptive`; brings its own tolerance.
+        adjoint: Rule of the gradient instead of :class:`~idl.differentiation.ImplicitAdjoint`.
+        on_failure: What to do if a sample does not converge.
+
+    Raises:
+        TypeError, ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        mitr: int = 300,
+        grad_mitr: int = 300,
+        tol: float = 3e-6,
+        grad_tol: float = 3e-6,
+        activation: str | Activation | Callable[[Tensor], Tensor] | None = None,
+        constraint: AbstractConstraint | None = None,
+        solver: AbstractFixedPointSolver | None = None,
+        adjoint: AbstractAdjoint | None = None,
+        on_failure: OnFailure = "warn",
+    ) -> None:
+        mitr, grad_mitr = checks.positive_integer("mitr", mitr), checks.positive_integer("grad_mitr", grad_mitr)
+        tol, grad_tol = checks.non_negative("tol", tol), checks.non_negative("grad_tol", grad_tol)
+        checks.one_of("on_failure", on_failure, ("raise", "warn", "ignore"))
+        self.activation = self._own_activation(activation)
+        self.constraint = Free() if constraint is None else constraint
+        self.solver = Adaptive(tol, 0.0, mitr) if solver is None else solver
+        self.adjoint = ImplicitAdjoint(Adaptive(0.0, grad_tol, grad_mitr)) if adjoint is None else adjoint
+        self.on_failure = on_failure
+
+    def phi(self, z: Tensor) -> Tensor:
+        """Return the activation of ``z``; override it for an own one."""
+        return self.activation(z)
+
+    def dphi(self, z: Tensor) -> Tensor:
+        """Return the derivative of a componentwise activation at ``z``; override it together with :meth:`phi`."""
+        if self.activation.derivative is None:
+            raise TypeError(f"{self.activation!r} has no known derivative; autograd differentiates it.")
+        return self.activation.derivative(z)
+
+    def state_matrix(self, A: StateParameters) -> StateMatrix:
+        """Return the admissible state matrix of the free parameter ``A``."""
+        lipschitz = 1.0 if self.activation.lipschitz is None else self.activation.lipschitz
+        if isinstance(A, tuple):
+            left, right = (checks.floating_tensor("A", factor) for factor in A)
+            return self.constraint.admit_factors(left, right, lipschitz)
+        return self.constraint.admit(checks.floating_tensor("A", A), lipschitz)
+
+    def __call__(
+        self, A: StateParameters, B: Tensor, u: Tensor, *, bias: Tensor | None = None, x0: Tensor | None = None
+    ) -> Tensor:
+        """Return the equilibrium ``(*batch, n)`` of inputs ``(*batch, p)``, differentiable in ``A, B, u, bias``.
+
+        Args:
+            A: Free parameter of the state matrix.
+            B: Input matrix, ``(n, p)``.
+            u: Inputs.
+            bias: Constant of the pre-activation, ``(n,)``.
+            x0: Start of the iteration, zeros if ``None``; changes the steps, not the solution.
+
+        Raises:
+            TypeError, ValueError: If shapes, dtypes or devices disagree.
+            ConvergenceError: If a sample did not converge and ``on_failure="raise"``.
+        """
+        return eagerly(self._attempt, A, B, u, bias, x0).x
+
+    def solution(
+        self, A: StateParameters, B: Tensor, u: Tensor, *, bias: Tensor | None = None, x0: Tensor | None = None
+    ) -> Solution:
+        """Return the equilibrium as :meth:`__call__` does, with its residual, steps, convergence and error bound."""
+        kappa = None if self.activation.lipschitz is None else self.constraint.contraction
+        return eagerly(lambda: self._attempt(A, B, u, bias, x0).measured(kappa))
+
+    def __repr__(self) -> str:
+        parts = (self.activation, self.constraint, self.solver, self.adjoint)
+        return f"{type(self).__name__}({', '.join(map(repr, parts))})"
+
+    def _attempt(
+        self, A: StateParameters, B: Tensor, u: Tensor, bias: Tensor | None, x0: Tensor | None
+    ) -> Attempt:
+        return attempt(
+            self.state_matrix(A), B, u, bias, self.activation, x0, self.solver, self.adjoint, self.on_failure
+        )
+
+    def _own_activation(self, activation: str | Activation | Callable[[Tensor], Tensor] | None) -> Activation:
+        overridden = type(self).phi is not ImplicitFunction.phi
+        if not overridden:
+            return activations.resolve(activations.relu if activation is None else activation)
+        if activation is not None:
+            raise ValueError(f"`activation` must be None because {type(self).__name__} overrides phi; got {activation!r}.")
+        derivative = self.dphi if type(self).dphi is not ImplicitFunction.dphi else None
+        return Activation(self.phi, derivative, name=f"{type(self).__name__}.phi")
+
+
+class ImplicitFunctionInf(ImplicitFunction):
+    r"""The implicit function with :math:`\|A\|_\infty \le \kappa < 1`: one equilibrium, always found.
+
+    Args:
+        kappa: Bound on the largest row sum of ``|A|``, in (0, 1).
+        mitr, grad_mitr, tol, grad_tol, activation, solver, adjoint, on_failure: See :class:`ImplicitFunction`.
+
+    Raises:
+        TypeError, ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        kappa: float = 0.99,
+        mitr: int = 300,
+        grad_mitr: int = 300,
+        tol: float = 3e-6,
+        grad_tol: float = 3e-6,
+        activation: str | Activation | Callable[[Tensor], Tensor] | None = None,
+        solver: AbstractFixedPointSolver | None = None,
+        adjoint: AbstractAdjoint | None = None,
+        on_failure: OnFailure = "warn",
+    ) -> None:
+        super().__init__(
+            mitr=mitr,
+            grad_mitr=grad_mitr,
+            tol=tol,
+            grad_tol=grad_tol,
+            activation=activation,
+            constraint=InfNorm(kappa),
+            solver=solver,
+            adjoint=adjoint,
+            on_failure=on_failure,
+        )
+
+
+class ImplicitFunctionTriu(ImplicitFunction):
+    """The implicit function with a strictly upper triangular ``A``: a feed-forward network, solved exactly.
+
+    Forward and backward are substitutions, without tolerance; a callable activation must be componentwise.
+
+    Args:
+        activation: See :class:`ImplicitFunction`.
+
+    Raises:
+        TypeError, ValueError: If ``activation`` is unknown.
+    """
+
+    def __init__(self, *, activation: str | Activation | Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__(
+            activation=activation,
+            constraint=StrictlyTriangular(),
+            solver=BackSubstitution(),
+            adjoint=ImplicitAdjoint(BackSubstitution()),
+        )
+        if self.activation.derivative is None:
+            self.activation = activations.componentwise(self.activation)
+
+
+__all__ = ["ImplicitFunction", "ImplicitFunctionInf", "ImplicitFunctionTriu"]

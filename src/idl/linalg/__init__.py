@@ -1,0 +1,1 @@
+"""Mathematics of tensors: norms, projections, state-matrix operators, Krylov solves; no model."""

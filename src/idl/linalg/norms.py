@@ -1,0 +1,20 @@
+"""Norms of matrices."""
+
+from torch import Tensor
+
+from idl.linalg.operators import Dense, Factored, StateMatrix
+
+
+def row_sums(A: Tensor) -> Tensor:
+    r"""Return :math:`\sum_j |A_{ij}|` for each row, with the summed dimension kept."""
+    return A.abs().sum(-1, keepdim=True)
+
+
+def inf_norm(matrix: StateMatrix) -> Tensor:
+    r"""Return :math:`\|A\|_\infty`, the largest row sum of ``|A|``; a low-rank ``A`` is multiplied out in chunks."""
+    if isinstance(matrix, Factored):
+        chunks = matrix.left.split(1024)  # rows at a time, so that n^2 numbers are never held
+        sums = [row_sums(rows @ matrix.right.T).amax() for rows in chunks]
+        return max(sums)  # type: ignore[type-var]
+    assert isinstance(matrix, Dense)
+    return row_sums(matrix.matrix).amax()

@@ -1,0 +1,181 @@
+"""State matrices as operators on rows: ``x -> x A^T``, dense, low rank or strictly triangular.
+
+Samples are rows, so ``apply(x)`` is the paper's ``A x`` for each sample. What is admissible is not decided here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+def to_precise(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64, or as it is on a device without float64."""
+    return tensor if tensor.device.type == "mps" else tensor.to(torch.float64)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """An ``n x n`` matrix."""
+
+    matrix: Tensor
+
+    @property
+    def dim(self) -> int:
+        """Size of the state."""
+        return self.matrix.shape[-1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that gradients flow to; ``type(self)(*tensors)`` rebuilds the operator."""
+        return (self.matrix,)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return ``x A^T``."""
+        return x @ self.matrix.T
+
+    def apply_into(self, x: Tensor, out: Tensor, *, plus: Tensor | None = None) -> Tensor:
+        """Write ``x A^T + plus`` into ``out``."""
+        if plus is None:
+            return torch.mm(x, self.matrix.T, out=out)
+        return torch.addmm(plus, x, self.matrix.T, out=out)
+
+    def transpose(self) -> "Dense":
+        """Return the operator of ``A^T``."""
+        return type(self)(self.matrix.T)
+
+    def pullback(self, x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradient of ``sum(v * apply(x))`` with respect to :attr:`tensors`."""
+        return (v.T @ x,)
+
+    def pushforward(self, x: Tensor, tangents: Sequence[Tensor | None]) -> Tensor | None:
+        """Return the change of ``apply(x)`` when :attr:`tensors` move along ``tangents``; ``None`` if none moves."""
+        (moved,) = tangents
+        return None if moved is None else x @ moved.T
+
+    @property
+    def can_solve(self) -> bool:
+        """Whether :meth:`solve` is affordable: beyond this size one row takes longer than thousands of products."""
+        return self.dim <= 1024
+
+    solve_is_cheap = False
+
+    def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
+        """Solve ``v - slope * (v A^T) = rhs`` for each row by LU: ``O(n^3)`` a row, in chunks of bounded memory."""
+        n = self.dim
+        eye = torch.eye(n, dtype=rhs.dtype, device=rhs.device)
+        chunk = max(1, 2**24 // (n * n))
+        out = torch.empty_like(rhs)
+        for rows in torch.arange(len(rhs), device=rhs.device).split(chunk):
+            systems = eye - slope[rows, :, None] * self.matrix
+            solved, _ = torch.linalg.solve_ex(systems, rhs[rows, :, None])
+            out[rows] = solved[..., 0]
+        return out
+
+    @cached_property
+    def precise(self) -> "Dense":
+        """The operator in float64 where the device has it; converted once."""
+        return type(self)(to_precise(self.matrix))
+
+    def detached(self) -> "Dense":
+        """Return the operator without its gradient."""
+        return type(self)(self.matrix.detach())
+
+    def dense(self) -> Tensor:
+        """Return ``A``."""
+        return self.matrix
+
+
+@dataclass(frozen=True)
+class StrictlyUpper(Dense):
+    """A strictly upper triangular matrix: unit ``i`` reads units ``j > i``. Entries elsewhere must be zero."""
+
+    def transpose(self) -> "StrictlyLower":
+        """Return the operator of ``A^T``."""
+        return StrictlyLower(self.matrix.T)
+
+
+@dataclass(frozen=True)
+class StrictlyLower(Dense):
+    """A strictly lower triangular matrix: unit ``i`` reads units ``j < i``. Entries elsewhere must be zero."""
+
+    def transpose(self) -> StrictlyUpper:
+        """Return the operator of ``A^T``."""
+        return StrictlyUpper(self.matrix.T)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A matrix ``A = left right^T`` of low rank, never multiplied out: ``O(n r)`` a product."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def dim(self) -> int:
+        """Size of the state."""
+        return self.left.shape[-2]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that gradients flow to; ``type(self)(*tensors)`` rebuilds the operator."""
+        return (self.left, self.right)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return ``x A^T``, through the ``r`` numbers ``x right``."""
+        return (x @ self.right) @ self.left.T
+
+    def apply_into(self, x: Tensor, out: Tensor, *, plus: Tensor | None = None) -> Tensor:
+        """Write ``x A^T + plus`` into ``out``."""
+        s = x @ self.right
+        if plus is None:
+            return torch.mm(s, self.left.T, out=out)
+        return torch.addmm(plus, s, self.left.T, out=out)
+
+    def transpose(self) -> "Factored":
+        """Return the operator of ``A^T``."""
+        return Factored(self.right, self.left)
+
+    def pullback(self, x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of ``sum(v * apply(x))`` with respect to ``left`` and ``right``."""
+        return v.T @ (x @ self.right), x.T @ (v @ self.left)
+
+    def pushforward(self, x: Tensor, tangents: Sequence[Tensor | None]) -> Tensor | None:
+        """Return the change of ``apply(x)`` when :attr:`tensors` move along ``tangents``; ``None`` if none moves."""
+        left, right = tangents
+        by_left = None if left is None else (x @ self.right) @ left.T
+        by_right = None if right is None else (x @ right) @ self.left.T
+        return by_left if by_right is None else by_right if by_left is None else by_left + by_right
+
+    can_solve = True
+
+    @property
+    def solve_is_cheap(self) -> bool:
+        """Whether :meth:`solve` costs no more than a few dozen products."""
+        return self.left.shape[1] <= 32
+
+    def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
+        """Solve ``v - slope * (v A^T) = rhs`` by the Woodbury identity: an ``r x r`` system and ``O(n r^2)`` a row."""
+        n, r = self.left.shape
+        outer = (self.right[:, :, None] * self.left[:, None, :]).reshape(n, r * r)
+        small = torch.eye(r, dtype=rhs.dtype, device=rhs.device) - (slope @ outer).reshape(-1, r, r)
+        s, _ = torch.linalg.solve_ex(small, (rhs @ self.right)[:, :, None])
+        return rhs + slope * (s[:, :, 0] @ self.left.T)
+
+    @cached_property
+    def precise(self) -> "Factored":
+        """The operator in float64 where the device has it; converted once."""
+        return Factored(to_precise(self.left), to_precise(self.right))
+
+    def detached(self) -> "Factored":
+        """Return the operator without its gradient."""
+        return Factored(self.left.detach(), self.right.detach())
+
+    def dense(self) -> Tensor:
+        """Return ``A``, multiplied out."""
+        return self.left @ self.right.T
+
+
+StateMatrix = Dense | Factored

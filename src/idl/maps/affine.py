@@ -1,0 +1,317 @@
+"""The map ``x -> phi(x A^T + Z)`` of an implicit model, and the sloped linear maps that its derivatives are."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from idl.activations import Activation
+from idl.linalg.operators import StateMatrix, StrictlyLower, StrictlyUpper, to_precise
+from idl.maps.base import Parameters, ParametricMap, add, front
+
+_BLOCK = 16  # units that substitution settles together: small products, and few of them
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    r""":math:`x \mapsto \phi(xA^T + Z)`, componentwise :math:`\phi` with a known derivative; parameters ``(Z, *A)``.
+
+    Args:
+        kind: Class of the state matrix, which the tensors after ``Z`` build.
+        activation: The activation.
+    """
+
+    kind: type[StateMatrix]
+    activation: Activation
+
+    def at(self, parameters: Parameters) -> "_AffineProblem":
+        """Return the map of these parameters, for a solver."""
+        Z, *tensors = parameters
+        return _AffineProblem(self.kind(*tensors), Z, self.activation)
+
+    def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
+        """Return the map as a function that autograd can record."""
+        Z, *tensors = parameters
+        state_matrix = self.kind(*tensors)
+        return lambda x: self.activation(state_matrix.apply(x) + Z)
+
+    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple[ParametricMap, Parameters]:
+        r"""Return :math:`v \mapsto \phi' \circ (vA + g)`: ``v`` is the cotangent of the pre-activation."""
+        slope = self._slope(x, parameters)
+        transposed = self.kind(*parameters[1:]).transpose()
+        return SlopedMap(type(transposed), order=1), (slope, slope * g, *transposed.tensors)
+
+    def pullback(
+        self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Return the cotangents of ``Z`` and ``A``."""
+        state_matrix = self.kind(*parameters[1:])
+        return [v, *(state_matrix.pullback(x, v) if any(wanted[1:]) else [None] * len(parameters[1:]))]
+
+    def tangent(
+        self, x: Tensor, parameters: Parameters, tangents: Sequence[Tensor | None]
+    ) -> tuple[ParametricMap, Parameters]:
+        r"""Return :math:`\dot x \mapsto \phi' \circ (\dot x A^T + x \dot A^T + \dot Z)`."""
+        slope = self._slope(x, parameters)
+        moved = add(tangents[0], self.kind(*parameters[1:]).pushforward(x, tangents[1:]))
+        source = torch.zeros_like(x) if moved is None else slope * moved
+        return SlopedMap(self.kind, order=torch.inf), (slope, source, *parameters[1:])
+
+    def fold(
+        self, size: int, parameters: Parameters, dims: Sequence[int | None]
+    ) -> tuple[ParametricMap, Parameters] | None:
+        """Return the same map on all rows together, where only ``Z`` is mapped over."""
+        return _fold_rows(self, 1, size, parameters, dims)
+
+    def _slope(self, x: Tensor, parameters: Parameters) -> Tensor:
+        if self.activation.derivative_of_output is not None:
+            return self.activation.derivative_of_output(x)
+        assert self.activation.derivative is not None
+        Z, *tensors = parameters
+        return self.activation.derivative(self.kind(*tensors).apply(x) + Z)
+
+
+@dataclass(frozen=True)
+class SlopedMap:
+    r""":math:`v \mapsto d \circ (vA^T) + c`, with a slope ``d`` and a source ``c`` a row; parameters ``(d, c, *A)``.
+
+    Args:
+        kind: Class of the state matrix, which the tensors after ``c`` build.
+        order: Norm in which it contracts if ``d`` is within the slope bound: ``inf`` for an admissible matrix,
+            1 for the transpose of one.
+    """
+
+    kind: type[StateMatrix]
+    order: float
+
+    def at(self, parameters: Parameters) -> "_SlopedProblem":
+        """Return the map of these parameters, for a solver."""
+        slope, source, *tensors = parameters
+        return _SlopedProblem(self.kind(*tensors), slope, source, self.order)
+
+    def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
+        """Return the map as a function that autograd can record."""
+        slope, source, *tensors = parameters
+        state_matrix = self.kind(*tensors)
+        return lambda v: slope * state_matrix.apply(v) + source
+
+    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple[ParametricMap, Parameters]:
+        r"""Return the map of :math:`v = d \circ \lambda` where :math:`\lambda = (d \circ \lambda) A + g`."""
+        slope, _, *tensors = parameters
+        transposed = self.kind(*tensors).transpose()
+        order = torch.inf if self.order == 1 else 1
+        return SlopedMap(type(transposed), order), (slope, slope * g, *transposed.tensors)
+
+    def pullback(
+        self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        r"""Return the cotangents of ``d``, ``c`` and ``A``, from :math:`\lambda = vA + g`."""
+        state_matrix = self.kind(*parameters[2:])
+        costate = state_matrix.transpose().apply(v) + g
+        by_slope = costate * state_matrix.apply(x) if wanted[0] else None
+        by_matrix = state_matrix.pullback(x, v) if any(wanted[2:]) else [None] * len(parameters[2:])
+        return [by_slope, costate, *by_matrix]
+
+    def tangent(
+        self, x: Tensor, parameters: Parameters, tangents: Sequence[Tensor | None]
+    ) -> tuple[ParametricMap, Parameters]:
+        r"""Return :math:`\dot v \mapsto d \circ (\dot v A^T + v \dot A^T) + \dot d \circ (vA^T) + \dot c`."""
+        slope, _, *tensors = parameters
+        state_matrix = self.kind(*tensors)
+        moved = state_matrix.pushforward(x, tangents[2:])
+        source = add(
+            tangents[1],
+            None if tangents[0] is None else tangents[0] * state_matrix.apply(x),
+            None if moved is None else slope * moved,
+        )
+        return self, (slope, torch.zeros_like(x) if source is None else source, *tensors)
+
+    def fold(
+        self, size: int, parameters: Parameters, dims: Sequence[int | None]
+    ) -> tuple[ParametricMap, Parameters] | None:
+        """Return the same map on all rows together, where only ``d`` and ``c`` are mapped over."""
+        return _fold_rows(self, 2, size, parameters, dims)
+
+
+def _fold_rows(
+    parametric: ParametricMap, row_parameters: int, size: int, parameters: Parameters, dims: Sequence[int | None]
+) -> tuple[ParametricMap, Parameters] | None:
+    if any(dim is not None for dim in dims[row_parameters:]):
+        return None
+    rows = [
+        (parameter.expand(size, *parameter.shape) if dim is None else front(parameter, dim)).flatten(0, 1)
+        for parameter, dim in zip(parameters[:row_parameters], dims, strict=False)
+    ]
+    return parametric, (*rows, *parameters[row_parameters:])
+
+
+@dataclass(frozen=True)
+class _AffineProblem:
+    """:class:`AffineMap` at its parameters."""
+
+    state_matrix: StateMatrix
+    Z: Tensor
+    activation: Activation
+    separable = True
+    newton_is_cheap = True
+
+    @property
+    def solve_is_cheap(self) -> bool:
+        return self.state_matrix.solve_is_cheap
+
+    @property
+    def can_solve(self) -> bool:
+        return self.state_matrix.can_solve
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._apply_into(x, torch.empty_like(self.Z))
+
+    def start(self, x: Tensor | None) -> Tensor:
+        image = self.activation(self.Z) if x is None else self(x)
+        if math.isfinite(float(self.Z.sum())):
+            return image
+        # A saturating activation would hide an infinite input; its sample has no equilibrium.
+        return torch.where(self.Z.isfinite().all(1, keepdim=True), image, torch.nan)
+
+    def iterate(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        return _iterate_two_buffers(self._apply_into, x, steps)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x.abs().amax(1)  # three times as fast as vector_norm
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).abs_().amax(1)
+
+    def scale(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def restrict(self, rows: Tensor) -> "_AffineProblem":
+        return replace(self, Z=self.Z[rows])
+
+    def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.state_matrix.precise.apply(to_precise(x)) + self.Z
+        assert self.activation.derivative is not None
+        return self.activation(z), self.activation.derivative(z).to(self.Z.dtype)
+
+    def product(self, slope: Tensor, v: Tensor) -> Tensor:
+        return slope * self.state_matrix.apply(v)
+
+    def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
+        return self.state_matrix.solve(slope, rhs)
+
+    def substitute(self) -> Tensor | None:
+        return _substitute(self.state_matrix, self.Z, lambda units, z: self.activation(z))
+
+    def _apply_into(self, x: Tensor, out: Tensor) -> Tensor:
+        return self.activation.apply_(self.state_matrix.apply_into(x, out, plus=self.Z))
+
+
+@dataclass(frozen=True)
+class _SlopedProblem:
+    """:class:`SlopedMap` at its parameters."""
+
+    state_matrix: StateMatrix
+    slope: Tensor
+    source: Tensor
+    order: float
+    separable = True
+    newton_is_cheap = True
+
+    @property
+    def solve_is_cheap(self) -> bool:
+        return self.state_matrix.solve_is_cheap
+
+    @property
+    def can_solve(self) -> bool:
+        return self.state_matrix.can_solve
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._apply_into(x, torch.empty_like(self.source))
+
+    def start(self, x: Tensor | None) -> Tensor:
+        return self.source if x is None else self(x)
+
+    def iterate(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        return _iterate_two_buffers(self._apply_into, x, steps)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x.abs().sum(1) if self.order == 1 else x.abs().amax(1)  # three times as fast as vector_norm
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        size = (x - y).abs_()
+        return size.sum(1) if self.order == 1 else size.amax(1)
+
+    def scale(self, x: Tensor) -> Tensor:
+        return self.norm(self.source)
+
+    def restrict(self, rows: Tensor) -> "_SlopedProblem":
+        return replace(self, slope=self.slope[rows], source=self.source[rows])
+
+    def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.state_matrix.precise.apply(to_precise(x)) * self.slope + self.source, self.slope
+
+    def product(self, slope: Tensor, v: Tensor) -> Tensor:
+        return slope * self.state_matrix.apply(v)
+
+    def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
+        return self.state_matrix.solve(slope, rhs)
+
+    def substitute(self) -> Tensor | None:
+        return _substitute(
+            self.state_matrix,
+            torch.zeros_like(self.source),
+            lambda units, z: torch.addcmul(self.source[:, units], self.slope[:, units], z),
+        )
+
+    def _apply_into(self, x: Tensor, out: Tensor) -> Tensor:
+        return self.state_matrix.apply_into(x, out).mul_(self.slope).add_(self.source)
+
+
+def _iterate_two_buffers(
+    apply_into: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Apply a map ``steps`` times, writing into two buffers in turn and never into ``x``."""
+    previous, buffer = x, torch.empty_like(x)
+    current = apply_into(x, buffer)
+    spare = torch.empty_like(x) if steps > 1 else x
+    for _ in range(steps - 1):
+        target = spare if previous is x else previous
+        previous, current = current, apply_into(current, target)
+    return current, previous
+
+
+def _substitute(
+    state_matrix: StateMatrix, z: Tensor, finish: Callable[[slice, Tensor], Tensor]
+) -> Tensor | None:
+    """Solve ``x_i = finish(i, z_i + sum_j A_ij x_j)`` for a strictly triangular ``A``, block by block.
+
+    Inside a block the iteration ends after at most as many passes as it has units, since the block is nilpotent, and
+    earlier when a pass changes nothing: exact either way. ``O(n^2)`` a row in all; the loop over blocks cannot be
+    avoided, since each needs those before it.
+    """
+    if isinstance(state_matrix, StrictlyUpper):
+        starts = range((z.shape[1] - 1) // _BLOCK * _BLOCK, -1, -_BLOCK)
+    elif isinstance(state_matrix, StrictlyLower):
+        starts = range(0, z.shape[1], _BLOCK)
+    else:
+        return None
+    A = state_matrix.matrix
+    z, x = z.clone(), torch.empty_like(z)
+    upper = isinstance(state_matrix, StrictlyUpper)
+    for start in starts:
+        units = slice(start, min(start + _BLOCK, z.shape[1]))
+        block, within = z[:, units], A[units, units].T
+        settled = finish(units, block)
+        for _ in range(units.stop - units.start - 1):
+            again = finish(units, torch.addmm(block, settled, within))
+            if torch.equal(again, settled):
+                break
+            settled = again
+        x[:, units] = settled
+        rest = slice(0, start) if upper else slice(units.stop, None)
+        z[:, rest] += settled @ A[rest, units].T
+    return x
+
+

@@ -1,0 +1,66 @@
+"""What differentiation asks of a map with parameters."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from idl.solvers.base import Problem
+
+Parameters = tuple[Tensor, ...]
+
+
+@runtime_checkable
+class ParametricMap(Protocol):
+    r"""A map :math:`x \mapsto f(x; \theta)` on rows, closed under differentiation of its fixed point.
+
+    With :math:`x^* = f(x^*; \theta)` and :math:`J = \partial f/\partial x` there, the implicit function theorem gives
+
+    * reverse: :math:`\lambda = J^T \lambda + g`, then :math:`\bar\theta = (\partial f/\partial\theta)^T \lambda`;
+    * forward: :math:`\dot x = J \dot x + (\partial f/\partial\theta)\, \dot\theta`.
+
+    Both are fixed points of maps of this kind again, so that derivatives of any order and any mixture exist.
+    """
+
+    def at(self, parameters: Parameters) -> Problem:
+        """Return the map of these parameters, for a solver."""
+
+    def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
+        """Return the map of these parameters as a function that autograd can record."""
+
+    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple["ParametricMap", Parameters]:
+        r"""Return the map whose fixed point determines :math:`\lambda`, with its parameters."""
+
+    def pullback(
+        self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Return the cotangents of the parameters from the fixed point ``v`` of :meth:`adjoint`.
+
+        Those not ``wanted`` may be ``None``.
+        """
+
+    def tangent(
+        self, x: Tensor, parameters: Parameters, tangents: Sequence[Tensor | None]
+    ) -> tuple["ParametricMap", Parameters]:
+        """Return the map whose fixed point is the tangent of ``x``, with its parameters; ``None`` does not move."""
+
+    def fold(
+        self, size: int, parameters: Parameters, dims: Sequence[int | None]
+    ) -> tuple["ParametricMap", Parameters] | None:
+        """Return the map on ``size`` times as many rows that :func:`torch.vmap` over ``dims`` means.
+
+        The rows of one mapped index stay together. ``None`` where the map cannot do it at once.
+        """
+
+
+def add(*terms: Tensor | None) -> Tensor | None:
+    """Return the sum of the terms that are there; ``None`` if none is."""
+    total: Tensor | None = None
+    for term in terms:
+        total = term if total is None else total if term is None else total + term
+    return total
+
+
+def front(tensor: Tensor, dim: int | None) -> Tensor:
+    """Return the tensor with its mapped dimension first, if it has one."""
+    return tensor if dim is None else tensor.movedim(dim, 0)

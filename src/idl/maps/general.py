@@ -1,0 +1,210 @@
+"""Maps known only as functions, whose derivatives torch computes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from idl.maps.base import Parameters, ParametricMap, front
+
+RowFunction = Callable[..., Tensor]
+"""``f(x, *parameters)`` on ``x`` of shape ``(rows, n)``; depends on nothing else that has a gradient."""
+
+
+@dataclass(frozen=True)
+class GeneralMap:
+    """Any function of a state and of parameters; rows may depend on each other."""
+
+    row_function: RowFunction
+
+    def at(self, parameters: Parameters) -> "_GeneralProblem":
+        """Return the map of these parameters, for a solver."""
+        return _GeneralProblem(self.function(parameters))
+
+    def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
+        """Return the map as a function that autograd can record."""
+        return lambda x: self.row_function(x, *parameters)
+
+    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple[ParametricMap, Parameters]:
+        r"""Return :math:`\lambda \mapsto J^T\lambda + g`."""
+        return LinearisedMap(self.row_function, transposed=True), (x, g, *parameters)
+
+    def pullback(
+        self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Return the cotangents of the parameters that are wanted."""
+        chosen = [p for p, w in zip(parameters, wanted, strict=True) if w]
+
+        def of_chosen(*values: Tensor) -> Tensor:
+            supply = iter(values)
+            return self.row_function(x, *(next(supply) if w else p for p, w in zip(parameters, wanted, strict=True)))
+
+        if not chosen:
+            return [None] * len(parameters)
+        _, pull, *_ = torch.func.vjp(of_chosen, *chosen)
+        cotangents = iter(pull(v))
+        return [next(cotangents) if w else None for w in wanted]
+
+    def tangent(
+        self, x: Tensor, parameters: Parameters, tangents: Sequence[Tensor | None]
+    ) -> tuple[ParametricMap, Parameters]:
+        r"""Return :math:`\dot x \mapsto J\dot x + (\partial f/\partial\theta)\,\dot\theta`."""
+        moving = [(p, t) for p, t in zip(parameters, tangents, strict=True) if t is not None]
+        source = torch.zeros_like(x)
+        if moving:
+
+            def of_moving(*values: Tensor) -> Tensor:
+                supply = iter(values)
+                pairs = zip(parameters, tangents, strict=True)
+                return self.row_function(x, *(p if t is None else next(supply) for p, t in pairs))
+
+            _, source, *_ = torch.func.jvp(of_moving, tuple(p for p, _ in moving), tuple(t for _, t in moving))
+        return LinearisedMap(self.row_function, transposed=False), (x, source, *parameters)
+
+    def fold(
+        self, size: int, parameters: Parameters, dims: Sequence[int | None]
+    ) -> tuple[ParametricMap, Parameters] | None:
+        """Return the map that applies the function to each mapped index by :func:`torch.vmap`."""
+        fronted = tuple(front(p, d) for p, d in zip(parameters, dims, strict=True))
+        in_dims = (0, *(None if d is None else 0 for d in dims))
+        mapped = torch.vmap(self.row_function, in_dims=in_dims)
+
+        def function(x: Tensor, *values: Tensor) -> Tensor:
+            return mapped(x.unflatten(0, (size, -1)), *values).flatten(0, 1)
+
+        return GeneralMap(function), fronted
+
+
+@dataclass(frozen=True)
+class LinearisedMap:
+    r""":math:`v \mapsto Jv + c` or :math:`J^T v + c`, ``J`` the Jacobian of a function; parameters ``(x, c, *theta)``.
+
+    A :class:`GeneralMap` in all but this: it linearises once a solve, and it is known to be linear.
+    """
+
+    row_function: RowFunction
+    transposed: bool
+
+    def at(self, parameters: Parameters) -> "_GeneralProblem":
+        """Return the map of these parameters, for a solver."""
+        x, source, *rest = parameters
+        if self.transposed:
+            _, pull, *_ = torch.func.vjp(lambda point: self.row_function(point, *rest), x)
+
+            def product(v: Tensor) -> Tensor:
+                return pull(v)[0].detach()
+
+            return _GeneralProblem(lambda v: product(v) + source, 1, source, product)
+
+        def push(v: Tensor) -> Tensor:
+            return torch.func.jvp(lambda point: self.row_function(point, *rest), (x,), (v,))[1]
+
+        return _GeneralProblem(lambda v: push(v) + source, torch.inf, source, push)
+
+    def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
+        """Return the map as a function that autograd can record."""
+        return self._general.function(parameters)
+
+    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple[ParametricMap, Parameters]:
+        """Return the map of the adjoint state."""
+        return self._general.adjoint(x, parameters, g)
+
+    def pullback(
+        self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Return the cotangents of the parameters that are wanted."""
+        return self._general.pullback(x, parameters, g, v, wanted)
+
+    def tangent(
+        self, x: Tensor, parameters: Parameters, tangents: Sequence[Tensor | None]
+    ) -> tuple[ParametricMap, Parameters]:
+        """Return the map of the tangent."""
+        return self._general.tangent(x, parameters, tangents)
+
+    def fold(
+        self, size: int, parameters: Parameters, dims: Sequence[int | None]
+    ) -> tuple[ParametricMap, Parameters] | None:
+        """Return the linearisation of the folded function, on all rows."""
+        (x, source, *rest), (x_dim, source_dim, *rest_dims) = parameters, dims
+        folded = GeneralMap(self.row_function).fold(size, tuple(rest), rest_dims)
+        assert folded is not None
+        general, rest_parameters = folded
+        assert isinstance(general, GeneralMap)
+        rows = [
+            (p.expand(size, *p.shape) if d is None else front(p, d)).flatten(0, 1)
+            for p, d in ((x, x_dim), (source, source_dim))
+        ]
+        return LinearisedMap(general.row_function, self.transposed), (*rows, *rest_parameters)
+
+    @property
+    def _general(self) -> GeneralMap:
+        def function(v: Tensor, x: Tensor, source: Tensor, *rest: Tensor) -> Tensor:
+            if self.transposed:
+                _, pull, *_ = torch.func.vjp(lambda point: self.row_function(point, *rest), x)
+                return pull(v)[0] + source
+            return torch.func.jvp(lambda point: self.row_function(point, *rest), (x,), (v,))[1] + source
+
+        return GeneralMap(function)
+
+
+class _GeneralProblem:
+    """A map for a solver, known by its values; a linear one also by its products."""
+
+    separable = False
+    solve_is_cheap = False
+    can_solve = False
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        order: float = torch.inf,
+        source: Tensor | None = None,
+        linear_product: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.function = function
+        self.order = order
+        self.source = source
+        self.linear_product = linear_product
+        self.newton_is_cheap = linear_product is not None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def start(self, x: Tensor | None) -> Tensor:
+        if x is not None:
+            return self.function(x)
+        assert self.source is not None, "only a linear map may start at zero unasked"
+        return self.source
+
+    def iterate(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        previous = x
+        for _ in range(steps):
+            previous, x = x, self.function(x)
+        return x, previous
+
+    def norm(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, self.order, dim=1)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.norm(x - y)
+
+    def scale(self, x: Tensor) -> Tensor:
+        return self.norm(x if self.source is None else self.source)
+
+    def restrict(self, rows: Tensor) -> "_GeneralProblem":
+        raise TypeError("rows of a general map may depend on each other")
+
+    def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.function(x), x
+
+    def product(self, slope: Tensor, v: Tensor) -> Tensor:
+        if self.linear_product is not None:
+            return self.linear_product(v)
+        return torch.func.jvp(self.function, (slope,), (v,))[1]
+
+    def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
+        raise TypeError("a general map has no direct solve")
+
+    def substitute(self) -> Tensor | None:
+        return None

@@ -1,0 +1,153 @@
+"""What a solver may ask of a map, what a solver is, and what a user gets back."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from idl import checks
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A fixed point and how exact it is; all but ``x`` hold one number a sample and carry no gradient.
+
+    Attributes:
+        x: The fixed point, of the shape of the state.
+        residual: ``|f(x) - x|`` at the returned ``x``, largest entry, evaluated in float64 where the device has it.
+        steps: Applications of the map, or of its linearisation, that were spent.
+        converged: Whether the estimated error reached the tolerance (or the rounding floor of the dtype).
+        error_bound: Proved bound on the largest entry of ``|x - x*|``, ``residual / (1 - kappa)``, where the map is
+            known to contract by ``kappa`` in the max norm; ``None`` where nothing is proved.
+    """
+
+    x: Any
+    residual: Float[Tensor, "*batch"]
+    steps: Int[Tensor, "*batch"]
+    converged: Bool[Tensor, "*batch"]
+    error_bound: Float[Tensor, "*batch"] | None = None
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """A map ``x -> f(x)`` on rows ``(rows, n)``, as a solver sees it."""
+
+    separable: bool
+    """Whether each row is a problem of its own, so that finished rows can be left out."""
+    newton_is_cheap: bool
+    """Whether a product with the Jacobian costs about what an application of the map costs."""
+    solve_is_cheap: bool
+    """Whether :meth:`solve` costs about what a few products cost."""
+    can_solve: bool
+    """Whether :meth:`solve` exists and is affordable at this size."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return ``f(x)``."""
+
+    def start(self, x: Tensor | None) -> Tensor:
+        """Return ``f(x)``; ``None`` stands for zeros."""
+
+    def iterate(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """Apply ``f`` ``steps >= 1`` times; return the last iterate and the last but one. ``x`` is not changed."""
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Return the norm of each row in which the map is known, or hoped, to contract."""
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the norm of each row of ``x - y``."""
+
+    def scale(self, x: Tensor) -> Tensor:
+        """Return for each row the size to which a relative tolerance refers."""
+
+    def restrict(self, rows: Tensor) -> "Problem":
+        """Return the problem of the rows with these indices; only if :attr:`separable`."""
+
+    def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``f(x)`` in float64 where the device has it, and what :meth:`product` needs, one row a row."""
+
+    def product(self, slope: Tensor, v: Tensor) -> Tensor:
+        """Return ``J v`` for each row, ``J`` the Jacobian where ``slope`` was taken."""
+
+    def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
+        """Solve ``v - J v = rhs`` for each row, directly; only if :attr:`can_solve`."""
+
+    def substitute(self) -> Tensor | None:
+        """Return the exact fixed point where the map is triangular, else ``None``."""
+
+
+@dataclass(frozen=True)
+class AbstractFixedPointSolver(ABC):
+    """A method that finds fixed points: an immutable value, equal to another with equal fields.
+
+    To add a solver, write a frozen dataclass with :meth:`init` and :meth:`step`; the loop, the stop test for each
+    sample and the choice of the best iterate are those of :func:`idl.solvers.iterate.iterate`.
+
+    Args:
+        atol: Absolute tolerance on the last step and on the estimated error, in the problem's norm.
+        rtol: Tolerance relative to the problem's scale: the size of ``x``, or of the cotangent in an adjoint.
+        max_steps: Most applications of the map, or of its linearisation.
+
+    Raises:
+        TypeError, ValueError: If a tolerance is negative or ``max_steps < 1``.
+    """
+
+    atol: float = 3e-6
+    rtol: float = 0.0
+    max_steps: int = 300
+
+    def __post_init__(self) -> None:
+        checks.non_negative("atol", self.atol)
+        checks.non_negative("rtol", self.rtol)
+        checks.positive_integer("max_steps", self.max_steps)
+
+    @abstractmethod
+    def init(self, problem: Problem, x: Tensor | None) -> tuple[Any, int]:
+        """Return the first state and the applications it cost; ``x`` is ``None`` for a start at zero."""
+
+    @abstractmethod
+    def step(self, problem: Problem, state: Any, budget: int) -> tuple[Any, int]:
+        """Advance by at most about ``budget >= 1`` applications; return the new state and what was spent.
+
+        A state is a ``NamedTuple`` with at least the fields of :class:`State`. The loop takes the rows that go on out
+        of every tensor in it.
+        """
+
+    def tolerance(self, problem: Problem, x: Tensor) -> Tensor:
+        """Return the tolerance of each row, positive."""
+        smallest = torch.finfo(x.dtype).tiny
+        if not self.rtol:
+            return x.new_full((x.shape[0],), max(self.atol, smallest))
+        return (self.rtol * problem.scale(x)).add_(self.atol).clamp_min_(smallest)
+
+
+class State(NamedTuple):
+    """What the loop reads of every solver's state."""
+
+    x: Tensor
+    """The candidate that would be returned now, one row a sample."""
+    residual: Tensor
+    """Size of the last step of each row, in the problem's norm."""
+    error: Tensor
+    """Estimate, for each row, of the distance from ``x`` to the fixed point; ``inf`` where there is none yet."""
+    tolerance: Tensor
+    """What each row's residual and error must reach."""
+    worst: float
+    """Largest ratio of a row's residual to its tolerance; not finite if some row is not."""
+    excess: float
+    """The same of residual and error together: all rows are done once it is at most 1; ``inf`` without estimate."""
+
+
+def largest_ratio(sizes: Tensor, tolerance: Tensor) -> float:
+    """Return the largest ratio of ``sizes`` to ``tolerance``, ``nan`` if a row is ``nan``, 0 without rows.
+
+    This is where a solver waits for a GPU; everything else it decides follows from the number.
+    """
+    return float((sizes / tolerance).max()) if sizes.shape[0] else 0.0
+
+
+def rounding_floor(problem: Problem, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the accuracy that rounding permits for each row: a few units in the last place of ``x``."""
+    return 4.0 * torch.finfo(dtype).eps * problem.norm(x)

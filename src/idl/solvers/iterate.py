@@ -1,0 +1,129 @@
+"""The only loop: step, test each sample, leave finished ones out, keep the best iterate, count."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from idl.solvers.base import AbstractFixedPointSolver, Problem, rounding_floor
+
+
+_UNWATCHED = 16  # steps in which a solve that goes well keeps no record of its best iterate
+
+
+class Iterate(NamedTuple):
+    """What the loop ends with; one entry a row."""
+
+    x: Tensor
+    steps: Tensor
+    converged: Tensor
+    all_converged: bool
+
+
+def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None, dtype: torch.dtype) -> Iterate:
+    """Run ``solver`` from ``x`` until each row has converged or ``max_steps`` are spent.
+
+    A row has converged when its last step and its estimated error are within the tolerance, or its last step is down
+    at rounding. A row whose first images are not finite becomes NaN and costs no further step; a row that does not
+    converge gets the best iterate that it had.
+
+    Args:
+        solver: The method.
+        problem: The map.
+        x: Start, ``(rows, n)``; ``None`` for zeros.
+        dtype: Precision of the result, that of the map; a solver may compute in a higher one.
+    """
+    state, spent = solver.init(problem, x)
+    rows = len(state.x)
+    best: _Best | None = None
+    ended_rows: _EndedRows | None = None
+    before, first = math.inf, spent
+    while True:
+        if state.excess <= 1:
+            if ended_rows is None:
+                settled = torch.ones(rows, dtype=torch.bool, device=state.x.device)
+                return Iterate(state.x.to(dtype), _filled(settled, spent), settled, True)
+            best = _Best(state.x, state.residual, torch.ones_like(state.residual, dtype=torch.bool))
+            break
+        # While every row is finite and the worst of them improves, the newest iterate is the best: nothing to note.
+        improves = state.worst < before or spent == first
+        if best is not None or not improves or spent > _UNWATCHED or spent >= solver.max_steps:
+            best = _Best.first(state) if best is None else best.updated(problem, state, dtype)
+            ended = best.settled | best.residual.isnan()
+            if spent >= solver.max_steps or bool(ended.all()):
+                break
+            if problem.separable and 4 * int(ended.sum()) >= len(ended):  # from here on copying the rest out pays
+                ended_rows = ended_rows or _EndedRows(rows, best.x)
+                rest = ended_rows.take(ended, best, spent)
+                problem, best, state = problem.restrict(rest), _rows_of(best, rest), _rows_of(state, rest)
+        before = state.worst
+        state, cost = solver.step(problem, state, solver.max_steps - spent)
+        spent += cost
+    if ended_rows is None:
+        return Iterate(best.x.to(dtype), _filled(best.settled, spent), best.settled, bool(best.settled.all()))
+    ended_rows.take(torch.ones_like(best.settled), best, spent)
+    converged = ended_rows.converged
+    return Iterate(ended_rows.x.to(dtype), ended_rows.steps, converged, bool(converged.all()))
+
+
+class _Best(NamedTuple):
+    """The best iterate of each running row, and whether it has been seen to converge."""
+
+    x: Tensor
+    residual: Tensor
+    settled: Tensor
+
+    @staticmethod
+    def first(state: Any) -> "_Best":
+        """Return the present iterates; a row that is not finite from the start on is lost, and is NaN."""
+        lost = ~state.x.isfinite().all(1)
+        x = torch.where(lost[:, None], torch.nan, state.x)
+        return _Best(x, torch.where(lost, torch.nan, state.residual), _within_tolerance(state))
+
+    def updated(self, problem: Problem, state: Any, dtype: torch.dtype) -> "_Best":
+        """Return the better of these and the present iterates, row by row."""
+        floor = rounding_floor(problem, state.x, dtype)
+        # A state held in higher precision is worth going on with: its error, not its step, must reach the floor.
+        at_floor = (state.residual if state.x.dtype == dtype else state.error) <= floor
+        done = _within_tolerance(state) | at_floor
+        better = (state.residual <= self.residual) | (done & ~self.settled)
+        return _Best(
+            torch.where(better[:, None], state.x, self.x),
+            torch.where(better, state.residual, self.residual),
+            self.settled | done,
+        )
+
+
+def _filled(like: Tensor, steps: int) -> Tensor:
+    return torch.full_like(like, steps, dtype=torch.int64)
+
+
+def _within_tolerance(state: Any) -> Tensor:
+    return (state.residual <= state.tolerance) & (state.error <= state.tolerance)
+
+
+def _rows_of(values: Any, rows: Tensor) -> Any:
+    return type(values)(*(value[rows] if isinstance(value, Tensor) else value for value in values))
+
+
+class _EndedRows:
+    """Results of the rows that were left out, at their places in the whole batch."""
+
+    def __init__(self, rows: int, x: Tensor) -> None:
+        self.running = torch.arange(rows, device=x.device)
+        self.x = torch.empty_like(x)
+        self.steps = torch.empty(rows, dtype=torch.int64, device=x.device)
+        self.converged = torch.empty(rows, dtype=torch.bool, device=x.device)
+
+    def take(self, ended: Tensor, best: _Best, spent: int) -> Tensor:
+        """Write down the running rows marked in ``ended``; return the indices of the others among the running."""
+        where = self.running[ended]
+        if best.x.dtype != self.x.dtype:  # a solver may go on in higher precision
+            self.x = self.x.to(best.x.dtype)
+        self.x[where] = best.x[ended]
+        self.steps[where] = spent
+        self.converged[where] = best.settled[ended]
+        rest = (~ended).nonzero()[:, 0]
+        self.running = self.running[rest]
+        return rest

@@ -1,0 +1,104 @@
+"""Semismooth Newton on each row, with Krylov or direct inner solves."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from idl.solvers.base import AbstractFixedPointSolver, Problem, largest_ratio
+from idl.linalg.krylov import gcr
+
+_INNER_STEPS = 24  # directions that are kept; a row that needs more restarts with the next outer step
+_STALE_STEPS = 5  # ReLU patterns of stiff positive matrices settle within four
+_INNER_RTOL = 1e-2  # far from the solution more is wasted, close to it the next outer step refines
+
+
+class NewtonState(NamedTuple):
+    """State of :class:`Newton`: ``x`` is the image ``f(point)``."""
+
+    x: Tensor
+    residual: Tensor
+    error: Tensor
+    tolerance: Tensor
+    worst: float
+    excess: float
+    point: Tensor
+    slope: Tensor
+    best_x: Tensor
+    best_residual: Tensor
+    stale: Tensor
+    """Newton steps since the best residual of a row."""
+
+
+@dataclass(frozen=True)
+class Newton(AbstractFixedPointSolver):
+    r"""Solve :math:`x - f(x) = 0` by semismooth Newton steps on each row.
+
+    The residual is evaluated, and the iterate kept, in float64 where the device has it, while the linear systems are
+    solved in the precision of the input: iterative refinement, so that a nearly singular ``I - J`` costs steps and
+    not accuracy. Systems are solved by generalised conjugate residuals, ``O(n^2)`` a product and matrix-free; rows on
+    which these stall are solved by LU, ``O(n^3)``; low-rank maps by the Woodbury identity, ``O(n r^2)``.
+
+    Steps may raise the residual, as they do while the active set of a ReLU settles. Safeguard: a row that has not
+    improved on its best for a few steps goes back there and takes a Picard step, so that where the map contracts it
+    gets closer in any case.
+
+    Its linear model is of one row at a time: on a map that couples samples it is safe but may be slow.
+    """
+
+    def init(self, problem: Problem, x: Tensor | None) -> tuple[NewtonState, int]:
+        """Apply the map twice, to have a point that is an image."""
+        x = problem.start(x)
+        return self.begin(problem, x, self.tolerance(problem, x)), 2
+
+    def begin(self, problem: Problem, x: Tensor, tolerance: Tensor) -> NewtonState:
+        """Return the state at ``x``; one application."""
+        value, slope = problem.linearise(x)
+        point = x.to(value.dtype)
+        residual = problem.distance(value, point)
+        unknown = torch.full_like(residual, torch.inf)
+        stale = torch.zeros_like(residual)
+        worst = largest_ratio(residual, tolerance)
+        excess = math.inf if worst else 0.0
+        return NewtonState(value, residual, unknown, tolerance, worst, excess, point, slope, value, residual, stale)
+
+    def step(self, problem: Problem, state: NewtonState, budget: int) -> tuple[NewtonState, int]:
+        """Take one Newton step, all rows at once."""
+        defect = (state.point - state.x).to(state.slope.dtype)
+        correction, spent = self._solve(problem, state.slope, defect, budget)
+        lost = (state.stale >= _STALE_STEPS) & (state.residual > 0)
+        point = torch.where(lost[:, None], state.best_x, state.point - correction)
+        value, slope = problem.linearise(point)
+        residual = problem.distance(value, point)
+        # The error shrinks as the residual does, along the direction in which both are large. A row without residual
+        # is solved and must not be sent away by rounding.
+        error = problem.norm(correction) * (residual / state.residual)
+        error = torch.where(state.residual > 0, torch.where(lost, torch.inf, error), 0)
+        better = residual < state.best_residual
+        return NewtonState(
+            value,
+            residual,
+            error,
+            state.tolerance,
+            largest_ratio(residual, state.tolerance),
+            largest_ratio(torch.maximum(residual, error), state.tolerance),
+            point,
+            slope,
+            torch.where(better[:, None], value, state.best_x),
+            torch.where(better, residual, state.best_residual),
+            torch.where(better | lost, 0, state.stale + 1),
+        ), spent + 1
+
+    def _solve(self, problem: Problem, slope: Tensor, defect: Tensor, budget: int) -> tuple[Tensor, int]:
+        if problem.solve_is_cheap:
+            return problem.solve(slope, defect), 1
+        correction, reduction, products = gcr(
+            lambda v: v - problem.product(slope, v), defect, rtol=_INNER_RTOL, max_steps=min(_INNER_STEPS, budget)
+        )
+        stalled = reduction > 0.5
+        if problem.can_solve and bool(stalled.any()):
+            correction[stalled] = problem.solve(slope[stalled], defect[stalled])
+            products += 1
+        return correction, products

@@ -1,0 +1,40 @@
+"""What the demo and every example share: training, its run folder, its checkpoint, its pictures.
+
+The models know nothing of this room, and importing `idl` does not import it. Nothing in here prints, except
+:func:`progress_line` to the console that it is given.
+"""
+
+from idl.training.baseline import ExplicitMLP
+from idl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from idl.training.classifier import EpochRecord, History, Labelled, Progress, Recipe, evaluate, fit_classifier
+from idl.training.diagnostics import EquilibriumReport, picard_residuals, report_equilibrium
+from idl.training.figures import draw_equilibrium, draw_training
+from idl.training.interruption import stop_on_interrupt
+from idl.training.progress import progress_line
+from idl.training.runs import RunFolder, save_weights, settings_that_differ
+from idl.training.schedule import OneCycle
+
+__all__ = [
+    "CheckpointError",
+    "EpochRecord",
+    "EquilibriumReport",
+    "ExplicitMLP",
+    "History",
+    "Labelled",
+    "OneCycle",
+    "Progress",
+    "Recipe",
+    "RunFolder",
+    "draw_equilibrium",
+    "draw_training",
+    "evaluate",
+    "fit_classifier",
+    "load_checkpoint",
+    "picard_residuals",
+    "progress_line",
+    "report_equilibrium",
+    "save_checkpoint",
+    "save_weights",
+    "settings_that_differ",
+    "stop_on_interrupt",
+]

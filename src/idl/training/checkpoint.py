@@ -1,0 +1,193 @@
+"""A training run in one file, from which it continues to the same numbers.
+
+The file is safetensors, so that reading one never runs code. When to write one is the training loop's
+business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from idl.training.atomic import write_bytes
+from idl.training.runs import settings_that_differ
+
+_FORMAT = "idl checkpoint 1"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be continued from: damaged, foreign, or of a run with other settings."""
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, object],
+    position: Mapping[str, object],
+) -> None:
+    """Write everything that the rest of a run depends on to one file, whole or not at all.
+
+    Args:
+        path: File to write; its folder must exist.
+        model: Model in training.
+        optimizer: Optimizer whose parameters are parameters of ``model``.
+        settings: Everything that decides the numbers of the run, as JSON values.
+        position: Where the run is and what it counted so far, as JSON values. Floats come back exactly.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    numbers: dict[str, object] = {}
+    for name, state in _optimizer_state(model, optimizer).items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{name}.{key}"] = value
+            else:
+                numbers[f"optimizer.{name}.{key}"] = value
+    tensors["random.cpu"] = torch.get_rng_state()
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        tensors |= {
+            f"random.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())
+        }
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    metadata = {
+        "format": _FORMAT,
+        "settings": json.dumps(settings),
+        "position": json.dumps(position),
+        "optimizer": json.dumps({"groups": groups, "numbers": numbers}),
+    }
+    # A copy of each tensor, since safetensors refuses tensors that share memory.
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    write_bytes(path, safetensors.torch.save(copies, metadata=metadata))
+
+
+def load_checkpoint(
+    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, object]
+) -> dict[str, object]:
+    """Put model, optimizer and random state back as they were when the checkpoint was written.
+
+    Everything is checked before anything is changed.
+
+    Args:
+        path: File that :func:`save_checkpoint` wrote.
+        model: Model of the same shapes, on any device.
+        optimizer: Optimizer of the same kind over the parameters of ``model``.
+        settings: Settings of the run that wants to continue; they must be those of the run that was saved.
+
+    Returns:
+        The position that was saved.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is damaged or no checkpoint, if a setting differs (each is named), or if
+            its tensors do not fit ``model``.
+    """
+    tensors, metadata = _read(path)
+    position = json.loads(metadata["position"])
+    described = json.loads(metadata["optimizer"])
+    differences = settings_that_differ(json.loads(metadata["settings"]), settings)
+    if differences:
+        raise CheckpointError(
+            f"The checkpoint {path} belongs to a run with other settings: {', '.join(differences)}.\n"
+            "    Use the settings of that run, another run folder, or delete the file to start again."
+        )
+    weights = {
+        name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")
+    }
+    _check_shapes(path, weights, model)
+    optimizer_state: dict[str, dict[str, object]] = {}
+    values: dict[str, object] = {**described["numbers"]}
+    values |= {name: value for name, value in tensors.items() if name.startswith("optimizer.")}
+    for name, value in values.items():
+        parameter, key = name.removeprefix("optimizer.").rsplit(".", 1)
+        optimizer_state.setdefault(parameter, {})[key] = value
+
+    restored = _optimizer_state_dict(path, model, optimizer, optimizer_state, described["groups"])
+
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(restored)
+    torch.set_rng_state(tensors["random.cpu"])
+    cuda_states = [
+        tensors[name] for name in sorted(tensors, key=_last_number) if name.startswith("random.cuda.")
+    ]
+    if cuda_states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda_states[: torch.cuda.device_count()])
+    return dict(position)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a checkpoint."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not views of the file
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} is damaged or no checkpoint ({error}).\n"
+            "    Delete it to start the run again."
+        ) from error
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path} is a safetensors file but no checkpoint of this version of idl: its format must be "
+            f"{_FORMAT!r}, got {metadata.get('format')!r}.\n    Delete it to start the run again."
+        )
+    return tensors, metadata
+
+
+def _check_shapes(path: Path, weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raise if the saved weights are not those of ``model``, naming the first that is not."""
+    expected = model.state_dict()
+    for name in sorted(weights.keys() | expected.keys()):
+        saved = tuple(weights[name].shape) if name in weights else "absent"
+        wanted = tuple(expected[name].shape) if name in expected else "absent"
+        if saved != wanted:
+            raise CheckpointError(
+                f"The checkpoint {path} is of another model: {name} is {saved} there and {wanted} here.\n"
+                "    Build the model of that run, or delete the file to start again."
+            )
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, object]]:
+    """Return the optimizer's state by the name of the parameter that it belongs to."""
+    return {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+
+
+def _optimizer_state_dict(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Mapping[str, object]],
+    groups: list[dict[str, object]],
+) -> dict[str, object]:
+    """Return what ``optimizer.load_state_dict`` wants: state by position, groups with their parameters."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    own = optimizer.state_dict()["param_groups"]
+    if len(own) != len(groups) or not state.keys() <= set(order):
+        raise CheckpointError(
+            f"The checkpoint {path} is of an optimizer over other parameters.\n"
+            "    Build the optimizer of that run, or delete the file to start again."
+        )
+    hyperparameters = [
+        {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
+        for group in groups
+    ]
+    return {
+        "state": {index: state[name] for index, name in enumerate(order) if name in state},
+        "param_groups": [{**mine, **saved} for mine, saved in zip(own, hyperparameters, strict=True)],
+    }
+
+
+def _last_number(name: str) -> int:
+    last = name.rsplit(".", 1)[-1]
+    return int(last) if last.isdigit() else -1

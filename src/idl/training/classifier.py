@@ -1,0 +1,253 @@
+"""Training a classifier, the same way for every model: the loop, its evaluation, its history.
+
+Printing, drawing and the choice of data are the caller's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from idl.training.checkpoint import load_checkpoint, save_checkpoint
+from idl.training.schedule import OneCycle
+
+# An interruption writes a checkpoint anyway; this bounds what a killed process loses.
+_SECONDS_BETWEEN_CHECKPOINTS = 10.0
+_SECONDS_BETWEEN_REPORTS = 0.1
+_EVALUATION_BATCH = 1000
+
+
+class Labelled(NamedTuple):
+    """Inputs, one per row, and the class of each."""
+
+    inputs: Float[Tensor, "samples p"]
+    labels: Int[Tensor, " samples"]
+
+
+class EpochRecord(NamedTuple):
+    """Loss and accuracy of an epoch: on the training data while learning, on the test data at its end."""
+
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+
+
+class Progress(NamedTuple):
+    """Where a run is: steps done of how many, epoch counted from 1, its loss and accuracy so far."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    epochs: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class History:
+    """What a finished run went through.
+
+    Args:
+        epochs: One record per epoch.
+        seconds: Wall-clock time of training and evaluation, added up over interruptions.
+    """
+
+    epochs: tuple[EpochRecord, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, object]:
+        """Return the last test accuracy, the seconds and the record of each epoch, as JSON values."""
+        return {
+            "test_accuracy": self.epochs[-1].test_accuracy,
+            "seconds": self.seconds,
+            "epochs": [record._asdict() for record in self.epochs],
+        }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a classifier is trained: Adam with a one-cycle learning rate on the cross entropy.
+
+    Args:
+        epochs: Passes over the training data, at least 1.
+        batch_size: Samples per step, at least 1; the last batch of an epoch may be smaller.
+        max_learning_rate: Peak of the learning rate.
+        seed: Decides the order of the samples together with the epoch, at least 0.
+
+    Raises:
+        ValueError: If a field is out of range.
+    """
+
+    epochs: int
+    batch_size: int
+    max_learning_rate: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("epochs", self.epochs, 1),
+            ("batch_size", self.batch_size, 1),
+            ("seed", self.seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+        if not self.max_learning_rate > 0:
+            raise ValueError(f"`max_learning_rate` must be positive; got {self.max_learning_rate}.")
+
+
+def fit_classifier(
+    model: nn.Module,
+    train: Labelled,
+    test: Labelled,
+    recipe: Recipe,
+    *,
+    checkpoint: Path | None = None,
+    settings: dict[str, object] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> History:
+    """Train ``model`` in place, continuing from ``checkpoint`` if that file exists.
+
+    A run that is stopped and continued, however often, gives bitwise the weights, the history and the random
+    state of one that was not, on the same machine with the same number of threads.
+
+    Args:
+        model: Maps a batch of inputs to one score per class; already on the device to train on.
+        train: Training data, moved to the device of ``model`` once.
+        test: Data that each epoch ends with an evaluation on.
+        recipe: How to train.
+        checkpoint: File to continue from and to save to, from time to time and at the end; ``None`` saves
+            nothing.
+        settings: What else decides the numbers, such as model and data, as JSON values. A checkpoint with
+            other settings or another recipe is refused.
+        on_progress: Called a few times a second and at the end of each epoch.
+        should_stop: Asked after each step; when it says yes, the checkpoint is written and the run ends.
+
+    Returns:
+        The history of the whole run.
+
+    Raises:
+        ValueError: If there is no sample to train on.
+        CheckpointError: If ``checkpoint`` exists and cannot be continued from.
+        KeyboardInterrupt: If ``should_stop`` ended the run.
+    """
+    if len(train.labels) == 0 or len(test.labels) == 0:
+        raise ValueError(
+            f"Training needs samples; got {len(train.labels)} to train and {len(test.labels)} to test."
+        )
+    device = next(model.parameters()).device
+    train, test = (Labelled(data.inputs.to(device), data.labels.to(device)) for data in (train, test))
+    steps_per_epoch = -(-len(train.labels) // recipe.batch_size)
+    total_steps = recipe.epochs * steps_per_epoch
+    schedule = OneCycle(total_steps, recipe.max_learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=schedule.learning_rate(0))
+    all_settings = {**(settings or {}), **asdict(recipe)}
+
+    step, records, seconds = 0, list[EpochRecord](), 0.0
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device, dtype=torch.int64)
+    if checkpoint is not None and checkpoint.exists():
+        position = load_checkpoint(checkpoint, model=model, optimizer=optimizer, settings=all_settings)
+        step, seconds = cast(int, position["step"]), cast(float, position["seconds"])
+        records = [EpochRecord(*record) for record in cast(list[list[float]], position["epochs"])]
+        loss_sum.fill_(cast(float, position["loss_sum"]))
+        correct.fill_(cast(int, position["correct"]))
+
+    started = time.perf_counter() - seconds
+    saved_at = reported_at = time.perf_counter()
+    order = _sample_order(recipe.seed, step // steps_per_epoch, len(train.labels)).to(device)
+    model.train()
+    while step < total_steps:
+        epoch, batch = divmod(step, steps_per_epoch)
+        rows = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
+        loss, hits = _train_step(model, optimizer, schedule, step, train.inputs[rows], train.labels[rows])
+        loss_sum += loss * len(rows)
+        correct += hits
+        step += 1
+
+        epoch_is_over = step % steps_per_epoch == 0
+        now = time.perf_counter()
+        if on_progress is not None and (epoch_is_over or now - reported_at > _SECONDS_BETWEEN_REPORTS):
+            seen = batch * recipe.batch_size + len(rows)
+            mean_loss, accuracy = loss_sum.item() / seen, correct.item() / seen
+            on_progress(Progress(step, total_steps, epoch + 1, recipe.epochs, mean_loss, accuracy))
+            reported_at = now
+        if epoch_is_over:
+            samples = len(train.labels)
+            records.append(
+                EpochRecord(loss_sum.item() / samples, correct.item() / samples, *evaluate(model, test))
+            )
+            loss_sum.zero_()
+            correct.zero_()
+            order = _sample_order(recipe.seed, epoch + 1, samples).to(device)
+        seconds = time.perf_counter() - started
+
+        stopping = step < total_steps and should_stop()
+        due = time.perf_counter() - saved_at > _SECONDS_BETWEEN_CHECKPOINTS
+        if checkpoint is not None and (stopping or step == total_steps or due):
+            position = {"step": step, "epochs": records, "seconds": seconds}
+            position |= {"loss_sum": loss_sum.item(), "correct": correct.item()}
+            save_checkpoint(
+                checkpoint, model=model, optimizer=optimizer, settings=all_settings, position=position
+            )
+            saved_at = time.perf_counter()
+        if stopping:
+            raise KeyboardInterrupt
+    return History(tuple(records), seconds)
+
+
+def evaluate(model: nn.Module, data: Labelled) -> tuple[float, float]:
+    """Return the mean cross entropy and the accuracy of ``model`` on ``data``, without gradients.
+
+    Args:
+        model: Classifier; evaluated in ``eval()`` mode and left in the mode it was in.
+        data: At least one sample, on the device of ``model``.
+
+    Returns:
+        Loss, and accuracy in [0, 1].
+    """
+    was_training = model.training
+    model.eval()
+    loss_sum, correct = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(data.labels), _EVALUATION_BATCH):
+            labels = data.labels[start : start + _EVALUATION_BATCH]
+            scores = model(data.inputs[start : start + _EVALUATION_BATCH])
+            loss_sum += nn.functional.cross_entropy(scores, labels, reduction="sum").item()
+            correct += int((scores.argmax(1) == labels).sum())
+    model.train(was_training)
+    return loss_sum / len(data.labels), correct / len(data.labels)
+
+
+def _train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Adam,
+    schedule: OneCycle,
+    step: int,
+    inputs: Float[Tensor, "batch p"],
+    labels: Int[Tensor, " batch"],
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """Take one optimizer step; return the batch's mean loss and its number of right answers."""
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.learning_rate(step)
+        group["betas"] = (schedule.momentum(step), group["betas"][1])
+    optimizer.zero_grad()
+    scores = model(inputs)
+    loss = nn.functional.cross_entropy(scores, labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach(), (scores.detach().argmax(1) == labels).sum()
+
+
+def _sample_order(seed: int, epoch: int, samples: int) -> Int[Tensor, " samples"]:
+    """Return the order of the samples in an epoch, which depends on nothing but the arguments."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(samples))

@@ -1,0 +1,78 @@
+"""What the equilibrium of a model looks like: steps, residuals, and how fast plain iteration reaches it.
+
+Only public outputs of a model are measured here; nothing is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from idl.nn.implicit_model import ImplicitModel
+
+
+class EquilibriumReport(NamedTuple):
+    """Facts about the equilibria of a batch.
+
+    ``norm`` is the largest row sum of ``|A|``, which bounds the contraction; ``residual_max`` is over the
+    samples; ``converged`` is the share of samples that reached the model's tolerance, in [0, 1].
+    """
+
+    steps_median: float
+    steps_max: int
+    residual_max: float
+    converged: float
+    norm: float
+
+
+def report_equilibrium(model: ImplicitModel, inputs: Float[Tensor, "batch p"]) -> EquilibriumReport:
+    """Solve the equilibrium of each input, without gradients, and say how that went.
+
+    Args:
+        model: An implicit model.
+        inputs: At least one input, on the device of ``model``.
+
+    Returns:
+        The report.
+    """
+    with torch.no_grad():
+        _, solution = model(inputs, return_solution=True)
+        norm = model.state_matrix().abs().sum(1).max().item()
+    return EquilibriumReport(
+        steps_median=solution.steps.double().median().item(),
+        steps_max=int(solution.steps.max()),
+        residual_max=solution.residual.max().item(),
+        converged=solution.converged.double().mean().item(),
+        norm=norm,
+    )
+
+
+def picard_residuals(
+    f: Callable[[Tensor], Tensor], x0: Float[Tensor, "batch n"], *, tol: float, max_steps: int
+) -> Float[Tensor, "steps batch"]:
+    r"""Iterate :math:`x \leftarrow f(x)` and return each residual :math:`\|f(x) - x\|_\infty`.
+
+    Args:
+        f: Map whose fixed point is iterated to.
+        x0: Start, one sample per row.
+        tol: The iteration ends when every residual is at most this.
+        max_steps: The iteration ends after this many steps in any case; at least 1.
+
+    Returns:
+        One row per step, the first for ``x0``.
+    """
+    residuals = []
+    x = x0
+    with torch.no_grad():
+        for _ in range(max_steps):
+            following = f(x)
+            residuals.append((following - x).abs().amax(1))
+            x = following
+            if residuals[-1].max() <= tol:
+                break
+    return torch.stack(residuals)

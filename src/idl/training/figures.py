@@ -1,0 +1,126 @@
+"""Pictures of a training run and of an equilibrium, as PNG files.
+
+Matplotlib is imported when a picture is drawn, and its global state is neither used nor changed.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from idl.training.atomic import write_bytes
+from idl.training.classifier import EpochRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Blue, vermilion, green, purple of Okabe and Ito, told apart with any colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+
+
+def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: Path) -> None:
+    """Draw loss and accuracy over the epochs, one colour per model, to a PNG.
+
+    Args:
+        histories: The records of each model by its name, 1 to 4 models with at least one epoch each.
+        path: File to write; its folder must exist.
+
+    Raises:
+        ValueError: If there are no or too many models.
+    """
+    if not 1 <= len(histories) <= len(_COLOURS):
+        raise ValueError(f"`histories` must have 1 to {len(_COLOURS)} models; got {len(histories)}.")
+    figure = _figure(9.0, 3.8)
+    loss, accuracy = figure.subplots(1, 2)
+    for colour, (name, records) in zip(_COLOURS, histories.items(), strict=False):
+        epochs = range(1, len(records) + 1)
+        marker = "o" if len(records) <= 20 else None
+        test = {"color": colour, "linewidth": 1.8, "marker": marker, "markersize": 4}
+        train = {"color": colour, "linewidth": 1.2, "linestyle": (0, (4, 2))}  # dashes of 4, gaps of 2 points
+        loss.plot(epochs, [record.train_loss for record in records], **train)
+        loss.plot(epochs, [record.test_loss for record in records], **test)
+        accuracy.plot(
+            epochs, [100 * record.train_accuracy for record in records], label=f"{name}, training", **train
+        )
+        accuracy.plot(
+            epochs, [100 * record.test_accuracy for record in records], label=f"{name}, test", **test
+        )
+    loss.set(xlabel="epoch", ylabel="cross entropy (nats)", yscale="log", title="Loss")
+    accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
+    accuracy.legend(loc="lower right", frameon=False)
+    for axes in (loss, accuracy):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _tidy(axes)
+    _save(figure, path)
+
+
+def draw_equilibrium(
+    residuals: Float[Tensor, "steps batch"], A: Float[Tensor, "n n"], path: Path, *, rate: float
+) -> None:
+    r"""Draw how plain iteration reaches the equilibria of a batch, and the state matrix, to a PNG.
+
+    Args:
+        residuals: Residual of each step and sample, as from :func:`idl.training.picard_residuals`.
+        A: The admissible state matrix; shown as its absolute values.
+        path: File to write; its folder must exist.
+        rate: Proved contraction per step; the picture shows ``rate ** step`` times the largest first
+            residual.
+    """
+    figure = _figure(9.0, 3.8)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    values = residuals.detach().cpu().double()
+    # A sample that has arrived has residual 0, which a log axis cannot show.
+    values = values.clamp_min(values[values > 0].min().item() if bool((values > 0).any()) else 1.0)
+    steps = range(len(values))
+    left.fill_between(
+        steps, values.amin(1).numpy(), values.amax(1).numpy(), color=_COLOURS[0], alpha=0.25, linewidth=0
+    )
+    left.plot(steps, values.median(1).values.numpy(), color=_COLOURS[0], linewidth=1.8)
+    bound = [values[0].max().item() * rate**step for step in steps]
+    left.plot(steps, bound, color=_COLOURS[1], linewidth=1.5, linestyle="--")
+    samples = values.shape[1]
+    left.set(xlabel="step", yscale="log", title=f"Iterating to the equilibrium, {samples} samples")
+    left.set_ylim(bottom=values.median(1).values.min().item() / 10)  # the fastest samples may go on to 1e-17
+    left.set_ylabel(r"residual $\|x_{t+1} - x_t\|_\infty$")
+    left.legend(
+        handles=[left.lines[0], left.collections[0], left.lines[1]],
+        labels=["median", "all samples", rf"proved bound, factor {rate:.3g} a step"],
+        loc="lower left",
+        frameon=False,
+    )
+    left.xaxis.get_major_locator().set_params(integer=True)
+    _tidy(left)
+
+    magnitude = A.detach().abs().cpu().float()
+    image = right.imshow(magnitude.numpy(), cmap="Blues", vmin=0, interpolation="nearest")
+    norm = magnitude.sum(1).max().item()
+    right.set(xlabel="column", ylabel="row", title=rf"$|A|$ with $\|A\|_\infty$ = {norm:.3f}")
+    figure.colorbar(image, ax=right, label="absolute value of the entry", shrink=0.9)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches; unlike pyplot's it belongs to nobody else."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _tidy(axes: Axes) -> None:
+    """Take away the frame's right and upper side and add a faint grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Render, which needs no display outside of pyplot, and write the file whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_bytes(path, content.getvalue())

@@ -1,0 +1,53 @@
+"""What a constraint on the state matrix is, and the one that allows everything."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from idl.linalg.operators import Dense, Factored, StateMatrix
+
+
+class AbstractConstraint(ABC):
+    """Maps free parameters to an admissible state matrix, by an ordinary function that autograd sees.
+
+    To add a constraint, write a frozen dataclass with :meth:`admit`, and :meth:`admit_factors` if it has a form that
+    does not multiply the factors out.
+    """
+
+    @property
+    @abstractmethod
+    def contraction(self) -> float | None:
+        r"""A proved factor :math:`\kappa < 1` by which the map contracts in the max norm; ``None`` if none is proved."""
+
+    @abstractmethod
+    def admit(self, A: Tensor, lipschitz: float) -> StateMatrix:
+        """Return the admissible matrix of the free ``A``, ``(n, n)``.
+
+        Args:
+            A: Free parameter.
+            lipschitz: Largest slope of the activation, taken as 1 where it is unknown.
+        """
+
+    def admit_factors(self, left: Tensor, right: Tensor, lipschitz: float) -> StateMatrix:
+        """Return the admissible matrix of the free factors of ``left right^T``, each ``(n, r)``.
+
+        Raises:
+            TypeError: If the constraint has no low-rank form.
+        """
+        raise TypeError(f"{self!r} has no low-rank form; use low_rank=False, or f=ImplicitFunctionInf.")
+
+
+@dataclass(frozen=True)
+class Free(AbstractConstraint):
+    """Every matrix is allowed; that an equilibrium exists and is found is reported, not proved."""
+
+    contraction = None
+
+    def admit(self, A: Tensor, lipschitz: float) -> StateMatrix:
+        """Return ``A`` as it is."""
+        return Dense(A)
+
+    def admit_factors(self, left: Tensor, right: Tensor, lipschitz: float) -> StateMatrix:
+        """Return the factors as they are."""
+        return Factored(left, right)

@@ -1,0 +1,93 @@
+r"""Matrices with :math:`\|A\|_\infty \le \kappa < 1`, for which the map contracts by ``kappa`` in the max norm.
+
+The condition is row by row (El Ghaoui et al. 2021), so that both forms here act on each row by itself.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from idl import checks
+from idl.linalg.norms import row_sums
+from idl.linalg.operators import Dense, Factored, StateMatrix
+from idl.linalg.projections import project_rows_l1
+from idl.wellposed.base import AbstractConstraint
+
+
+@dataclass(frozen=True)
+class InfNorm(AbstractConstraint):
+    r"""Rescale each row whose sum of magnitudes is above the radius down to it; leave the others.
+
+    The radius is ``kappa``, or ``kappa / L`` for an activation of slope up to ``L > 1``. A low-rank
+    :math:`A = LR^T` is held by the row bound :math:`\sum_j |A_{ij}| \le \sum_k |L_{ik}| \sum_j |R_{jk}|`, in
+    ``O(n r)`` and without forming ``A``: only ``L`` is rescaled.
+
+    Args:
+        kappa: Bound on the largest row sum, in (0, 1).
+
+    Raises:
+        TypeError, ValueError: If ``kappa`` is not in (0, 1).
+    """
+
+    kappa: float = 0.99
+
+    def __post_init__(self) -> None:
+        checks.in_open_unit("kappa", self.kappa, "A map contracts for certain only if ||A||_inf <= kappa < 1.")
+
+    @property
+    def contraction(self) -> float:
+        """The factor ``kappa``."""
+        return self.kappa
+
+    def admit(self, A: Tensor, lipschitz: float) -> StateMatrix:
+        """Return ``A`` with its rows rescaled; bit by bit ``A`` itself where no row is above the radius."""
+        return Dense(_rescaled(A, row_sums(A), self.kappa / max(1.0, lipschitz)))
+
+    def admit_factors(self, left: Tensor, right: Tensor, lipschitz: float) -> StateMatrix:
+        """Return the factors with the rows of ``left`` rescaled."""
+        bound = left.abs() @ right.abs().sum(0)[:, None]
+        return Factored(_rescaled(left, bound, self.kappa / max(1.0, lipschitz)), right)
+
+
+@dataclass(frozen=True)
+class InfNormProjection(AbstractConstraint):
+    r"""Project each row onto the :math:`\ell_1` ball of the radius: the nearest admissible matrix, often sparse.
+
+    An entry that the projection sets to zero gets no gradient until its row's threshold falls below it.
+
+    Args:
+        kappa: Bound on the largest row sum, in (0, 1).
+
+    Raises:
+        TypeError, ValueError: If ``kappa`` is not in (0, 1).
+    """
+
+    kappa: float = 0.99
+
+    def __post_init__(self) -> None:
+        checks.in_open_unit("kappa", self.kappa, "A map contracts for certain only if ||A||_inf <= kappa < 1.")
+
+    @property
+    def contraction(self) -> float:
+        """The factor ``kappa``."""
+        return self.kappa
+
+    def admit(self, A: Tensor, lipschitz: float) -> StateMatrix:
+        """Return the projection of ``A``."""
+        return Dense(project_rows_l1(A, _below(self.kappa / max(1.0, lipschitz), A.dtype)))
+
+
+def _below(radius: float, dtype: torch.dtype) -> float:
+    """Return the radius less what rounding may add to a row's sum."""
+    return radius * (1 - 4 * torch.finfo(dtype).eps)
+
+
+def _rescaled(A: Tensor, sums: Tensor, radius: float) -> Tensor:
+    try:
+        # Most of the time no row is above, and the parameter itself is the answer, without a node for autograd.
+        if not bool((sums.detach() > radius).any()):
+            return A
+    except RuntimeError:  # mapped over A by vmap: there is no single answer
+        pass
+    return torch.where(sums > radius, A * (_below(radius, A.dtype) / sums), A)

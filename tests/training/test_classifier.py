@@ -1,0 +1,131 @@
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from idl.training import CheckpointError, ExplicitMLP, Labelled, Recipe, evaluate, fit_classifier
+from idl.training.checkpoint import load_checkpoint
+
+RECIPE = Recipe(epochs=3, batch_size=16, max_learning_rate=1e-2, seed=0)
+STEPS_PER_EPOCH = 4  # 50 samples in batches of 16, the last one smaller
+
+
+def data(samples=50, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.rand(samples, 6, generator=generator)
+    return Labelled(inputs, (inputs[:, 0] > inputs[:, 1]).long())
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    # Dropout draws from the global random state, so a resumed run must restore that too.
+    return torch.nn.Sequential(
+        ExplicitMLP(6, 8, 8), torch.nn.Dropout(0.2), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2)
+    )
+
+
+def stop_after(steps):
+    counter = itertools.count(1)
+    return lambda: next(counter) == steps
+
+
+def fit(network, checkpoint=None, recipe=RECIPE, **options):
+    return fit_classifier(network, data(), data(30, seed=1), recipe, checkpoint=checkpoint, **options)
+
+
+def everything_in(checkpoint, recipe=RECIPE):
+    """Return weights, optimizer state, position and the next random numbers of a run."""
+    network = model(seed=9)
+    optimizer = torch.optim.Adam(network.parameters())
+    settings = {"epochs": recipe.epochs, "batch_size": 16, "max_learning_rate": 1e-2, "seed": 0}
+    position = load_checkpoint(checkpoint, model=network, optimizer=optimizer, settings=settings)
+    del position["seconds"]
+    return network.state_dict(), optimizer.state_dict(), position, torch.rand(3)
+
+
+def assert_bitwise_equal(left, right):
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 2], ids="stopped_after_{}".format)
+def test_a_resumed_run_is_bitwise_an_uninterrupted_one(tmp_path, steps):
+    whole = fit(model(), tmp_path / "whole.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        fit(model(), tmp_path / "parts.safetensors", should_stop=stop_after(steps))
+    torch.manual_seed(123)  # whatever happened in between
+    parts = fit(model(seed=5), tmp_path / "parts.safetensors")
+    assert parts.epochs == whole.epochs
+    for left, right in zip(
+        everything_in(tmp_path / "parts.safetensors"),
+        everything_in(tmp_path / "whole.safetensors"),
+        strict=True,
+    ):
+        assert_bitwise_equal(left, right)
+
+
+def test_a_run_stopped_after_every_step_ends_at_the_same_history(tmp_path):
+    recipe = replace(RECIPE, epochs=2)
+    whole = fit(model(), recipe=recipe)
+    for _ in range(2 * STEPS_PER_EPOCH - 1):
+        with pytest.raises(KeyboardInterrupt):
+            fit(model(), tmp_path / "parts.safetensors", recipe, should_stop=lambda: True)
+    assert (
+        fit(model(), tmp_path / "parts.safetensors", recipe, should_stop=lambda: True).epochs == whole.epochs
+    )
+
+
+def test_a_finished_run_gives_its_history_without_training(tmp_path):
+    def never(progress):
+        raise AssertionError
+
+    whole = fit(model(), tmp_path / "checkpoint.safetensors")
+    assert fit(model(), tmp_path / "checkpoint.safetensors", on_progress=never) == whole
+
+
+def test_the_order_of_samples_is_the_seeds_and_not_the_random_states(tmp_path):
+    network, other, third = (ExplicitMLP(6, 8, 2) for _ in range(3))
+    for copy in (other, third):
+        copy.load_state_dict(network.state_dict())
+    first = fit(network)
+    torch.manual_seed(77)
+    assert fit(other).epochs == first.epochs
+    assert fit(third, recipe=replace(RECIPE, seed=1)).epochs != first.epochs
+
+
+def test_training_learns_and_reports_what_evaluation_finds():
+    network = ExplicitMLP(6, 8, 2)
+    reports = []
+    history = fit(network, recipe=replace(RECIPE, epochs=30), on_progress=reports.append)
+    assert history.epochs[-1].train_loss < 0.5 * history.epochs[0].train_loss
+    assert history.epochs[-1][2:] == evaluate(network, data(30, seed=1))
+    assert (reports[-1].step, reports[-1].total_steps, reports[-1].epoch) == (120, 120, 30)
+    assert reports[-1][4:] == history.epochs[-1][:2]
+
+
+def test_evaluation_is_cross_entropy_and_accuracy_in_eval_mode():
+    network, test = model(), data(1500)
+    loss, accuracy = evaluate(network, test)
+    assert network.training
+    scores = network.eval()(test.inputs)
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(scores, test.labels).item(), rel=1e-5)
+    assert accuracy == (scores.argmax(1) == test.labels).sum().item() / 1500
+
+
+def test_another_setting_is_refused_by_name_and_changes_nothing(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    fit(model(), checkpoint, settings={"dataset": "digits"})
+    network = model(seed=4)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=r'dataset \("digits" there, "mnist" here\), seed \(0 there, 1 here\)'
+    ):
+        fit(network, checkpoint, replace(RECIPE, seed=1), settings={"dataset": "mnist"})
+    assert_bitwise_equal(dict(network.state_dict()), before)
+
+
+def test_a_recipe_or_data_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="`epochs` must be at least 1"):
+        replace(RECIPE, epochs=0)
+    with pytest.raises(ValueError, match="needs samples"):
+        fit_classifier(model(), data(0), data(), RECIPE)

@@ -1,6 +1,5 @@
 """Where map, solver and adjoint meet: the equilibrium of an implicit model, and any other fixed point."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,7 +69,9 @@ def equilibrium(
         >>> equilibrium(A, B, u).x
         tensor([[2.0000]])
     """
-    return attempt(A, B, u, bias, activations.resolve(phi), x0, solver, adjoint, on_failure).measured()
+    return eagerly(
+        lambda: attempt(A, B, u, bias, activations.resolve(phi), x0, solver, adjoint, on_failure).measured()
+    )
 
 
 def fixed_point(
@@ -185,27 +186,15 @@ def attempt(
     on_failure: OnFailure,
 ) -> Attempt:
     """Solve as :func:`equilibrium` does, without the extra application of the map that measures the residual."""
-    return eagerly(_attempt, A, B, u, bias, phi, x0, solver, adjoint, on_failure)
-
-
-def _attempt(
-    A: Tensor | StateMatrix,
-    B: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    phi: Activation,
-    x0: Tensor | None,
-    solver: AbstractFixedPointSolver,
-    adjoint: AbstractAdjoint,
-    on_failure: OnFailure,
-) -> Attempt:
     state_matrix = A if isinstance(A, StateMatrix) else Dense(checks.floating_tensor("A", A))
     _check_shapes(state_matrix, B, u, bias, x0)
     Z = F.linear(u, B, bias)
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in state_matrix.tensors), Z.dtype)
+    dtype = torch.promote_types(Z.dtype, state_matrix.tensors[0].dtype)
     # Half precision cannot express a contraction's last digits: solve in float32 and round once, at the end.
     precision = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    rows = Z.to(precision).reshape(-1, Z.shape[-1])
+    rows = Z.to(precision)
+    if rows.dim() != 2:  # each view is a node of autograd's
+        rows = rows.reshape(-1, rows.shape[-1])
     tensors = [t.to(precision) for t in state_matrix.tensors]
     start = None if x0 is None else x0.to(precision).expand(Z.shape).reshape(rows.shape)
     parametric: ParametricMap
@@ -219,7 +208,10 @@ def _attempt(
     report = FailureReport(on_failure, lambda: _advice(state_matrix))
     with without_autocast(Z.device):
         x, steps, converged = adjoint.fixed_point(parametric, solver, start, parameters, report)
-    return Attempt(x.to(dtype).reshape(Z.shape), x, steps, converged, parametric, parameters)
+    result = x.to(dtype)
+    if Z.dim() != 2:
+        result = result.reshape(Z.shape)
+    return Attempt(result, x, steps, converged, parametric, parameters)
 
 
 def _composed(
@@ -248,16 +240,18 @@ def eagerly(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-def _check_shapes(
-    state_matrix: StateMatrix, B: Tensor, u: Tensor, bias: Tensor | None, x0: Tensor | None
-) -> None:
-    named = {"B": B, "u": u, "bias": bias, "x0": x0}
-    present = {name: checks.floating_tensor(name, t) for name, t in named.items() if t is not None}
+def _check_shapes(state_matrix: StateMatrix, B: Tensor, u: Tensor, bias: Tensor | None, x0: Tensor | None) -> None:
+    named = {"A": state_matrix.tensors[0], "B": B, "u": u}
+    if bias is not None:
+        named["bias"] = bias
+    if x0 is not None:
+        named["x0"] = x0
+    for name, tensor in named.items():
+        checks.floating_tensor(name, tensor)
     n = state_matrix.dim
-    for tensor in state_matrix.tensors:
-        if tensor.dim() != 2 or n not in tensor.shape:
-            raise ValueError(f"`A` must be a square matrix, or two factors; got shape {tuple(tensor.shape)}.")
-    if isinstance(state_matrix, Dense) and tuple(state_matrix.matrix.shape) != (n, n):
+    if any(tensor.dim() != 2 for tensor in state_matrix.tensors):
+        raise ValueError(f"`A` must be a matrix, or two factors; got shape {tuple(state_matrix.tensors[0].shape)}.")
+    if isinstance(state_matrix, Dense) and state_matrix.matrix.shape != (n, n):
         raise ValueError(f"`A` must be square; got shape {tuple(state_matrix.matrix.shape)}.")
     if B.dim() != 2 or B.shape[0] != n:
         raise ValueError(f"`B` must have shape ({n}, p) because A is {n} x {n}; got {tuple(B.shape)}.")
@@ -266,11 +260,11 @@ def _check_shapes(
             f"`u` must have shape (..., {B.shape[1]}) because B has shape {tuple(B.shape)}; got {tuple(u.shape)}.\n"
             "    Flatten each sample first: u.flatten(1)."
         )
-    if bias is not None and tuple(bias.shape) != (n,):
+    if bias is not None and bias.shape != (n,):
         raise ValueError(f"`bias` must have shape ({n},); got {tuple(bias.shape)}.")
     if x0 is not None and (x0.dim() == 0 or x0.shape[-1] != n or x0.dim() > u.dim()):
         raise ValueError(f"`x0` must have shape {(*u.shape[:-1], n)}, one start a sample; got {tuple(x0.shape)}.")
-    checks.same_device_and_dtype({"A": state_matrix.tensors[0], **present})
+    checks.same_device_and_dtype(named)
 
 
 def _advice(state_matrix: StateMatrix) -> str:

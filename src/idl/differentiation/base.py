@@ -33,7 +33,7 @@ class FailureReport:
         checks.one_of("on_failure", self.on_failure, ("raise", "warn", "ignore"))
 
     def __call__(self, result: Iterate, solver: AbstractFixedPointSolver, problem: Problem, subject: str) -> None:
-        """Report ``result`` if not all of its rows converged."""
+        """Report ``result`` if not all of its rows converged; ``subject`` says what was solved for."""
         if result.all_converged or self.on_failure == "ignore":
             return
         failed = ~result.converged
@@ -47,7 +47,7 @@ class FailureReport:
             + (f", rtol={solver.rtol:g}" if solver.rtol else "")
             + (f"; {lost} of them are NaN (is the input finite?)" if lost else "")
             + "."
-            + (f"\n    {self.advice()}" if self.advice is not None else "")
+            + (f"\n    {self.advice()}" if self.advice is not None and subject == "equilibrium" else "")
         )
         if self.on_failure == "raise":
             raise ConvergenceError(message)

@@ -76,8 +76,7 @@ class _Call:
 
     def derivative(self, parametric: ParametricMap, subject: str) -> "_Call":
         """Return the call that solves for a derivative of this one."""
-        report = replace(self.report, advice=None)
-        return _Call(parametric, self.derivative_solver, self.derivative_solver, report, subject)
+        return _Call(parametric, self.derivative_solver, self.derivative_solver, self.report, subject)
 
 
 class _FixedPoint(torch.autograd.Function):
@@ -111,7 +110,12 @@ class _FixedPoint(torch.autograd.Function):
         call: _Call = ctx.call
         with without_autocast(x.device):
             parametric, values = call.parametric.adjoint(x, parameters, g)
-            v, _, _ = _FixedPoint.apply(call.derivative(parametric, "adjoint"), None, *values)
+            adjoint = call.derivative(parametric, "adjoint")
+            # An ordinary backward is differentiated no further, and a node of autograd's costs as much as two products.
+            if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+                v, _, _ = _FixedPoint.apply(adjoint, None, *values)
+            else:
+                v, _, _ = _FixedPoint.forward(adjoint, None, *values)
             wanted = ctx.needs_input_grad[2:]
             return (None, None, *call.parametric.pullback(x, parameters, g, v, wanted))
 

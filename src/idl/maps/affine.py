@@ -154,6 +154,7 @@ class _AffineProblem:
     state_matrix: StateMatrix
     Z: Tensor
     activation: Activation
+    linear = False
     separable = True
     newton_is_cheap = True
 
@@ -175,14 +176,17 @@ class _AffineProblem:
         # A saturating activation would hide an infinite input; its sample has no equilibrium.
         return torch.where(self.Z.isfinite().all(1, keepdim=True), image, torch.nan)
 
-    def iterate(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        return _iterate_two_buffers(self._apply_into, x, steps)
+    def iterate(self, x: Tensor, steps: int, spare: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _iterate_two_buffers(self._apply_into, x, steps, spare)
 
     def norm(self, x: Tensor) -> Tensor:
         return x.abs().amax(1)  # three times as fast as vector_norm
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         return (x - y).abs_().amax(1)
+
+    def distance_over(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.sub(x, y, out=y).abs_().amax(1)
 
     def scale(self, x: Tensor) -> Tensor:
         return self.norm(x)
@@ -216,6 +220,7 @@ class _SlopedProblem:
     slope: Tensor
     source: Tensor
     order: float
+    linear = True
     separable = True
     newton_is_cheap = True
 
@@ -233,14 +238,17 @@ class _SlopedProblem:
     def start(self, x: Tensor | None) -> Tensor:
         return self.source if x is None else self(x)
 
-    def iterate(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        return _iterate_two_buffers(self._apply_into, x, steps)
+    def iterate(self, x: Tensor, steps: int, spare: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _iterate_two_buffers(self._apply_into, x, steps, spare)
 
     def norm(self, x: Tensor) -> Tensor:
         return x.abs().sum(1) if self.order == 1 else x.abs().amax(1)  # three times as fast as vector_norm
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        size = (x - y).abs_()
+        return self.distance_over(x, y.clone())
+
+    def distance_over(self, x: Tensor, y: Tensor) -> Tensor:
+        size = torch.sub(x, y, out=y).abs_()
         return size.sum(1) if self.order == 1 else size.amax(1)
 
     def scale(self, x: Tensor) -> Tensor:
@@ -266,19 +274,19 @@ class _SlopedProblem:
         )
 
     def _apply_into(self, x: Tensor, out: Tensor) -> Tensor:
-        return self.state_matrix.apply_into(x, out).mul_(self.slope).add_(self.source)
+        return torch.addcmul(self.source, self.state_matrix.apply_into(x, out), self.slope, out=out)
 
 
 def _iterate_two_buffers(
-    apply_into: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int
+    apply_into: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, spare: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Apply a map ``steps`` times, writing into two buffers in turn and never into ``x``."""
-    previous, buffer = x, torch.empty_like(x)
-    current = apply_into(x, buffer)
-    spare = torch.empty_like(x) if steps > 1 else x
-    for _ in range(steps - 1):
-        target = spare if previous is x else previous
-        previous, current = current, apply_into(current, target)
+    current = apply_into(x, torch.empty_like(x) if spare is None else spare)
+    if steps == 1:
+        return current, x
+    previous, current = current, apply_into(current, torch.empty_like(x))
+    for _ in range(steps - 2):
+        previous, current = current, apply_into(current, previous)
     return current, previous
 
 

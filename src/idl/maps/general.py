@@ -166,7 +166,7 @@ class _GeneralProblem:
         self.order = order
         self.source = source
         self.linear_product = linear_product
-        self.newton_is_cheap = linear_product is not None
+        self.linear = self.newton_is_cheap = linear_product is not None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)
@@ -177,7 +177,7 @@ class _GeneralProblem:
         assert self.source is not None, "only a linear map may start at zero unasked"
         return self.source
 
-    def iterate(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    def iterate(self, x: Tensor, steps: int, spare: Tensor | None) -> tuple[Tensor, Tensor]:
         previous = x
         for _ in range(steps):
             previous, x = x, self.function(x)
@@ -187,6 +187,9 @@ class _GeneralProblem:
         return torch.linalg.vector_norm(x, self.order, dim=1)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.norm(x - y)
+
+    def distance_over(self, x: Tensor, y: Tensor) -> Tensor:
         return self.norm(x - y)
 
     def scale(self, x: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class Solution:
 class Problem(Protocol):
     """A map ``x -> f(x)`` on rows ``(rows, n)``, as a solver sees it."""
 
+    linear: bool
+    """Whether the map is affine in ``x``; its first image from zero then has the size of :meth:`scale`."""
     separable: bool
     """Whether each row is a problem of its own, so that finished rows can be left out."""
     newton_is_cheap: bool
@@ -50,14 +52,20 @@ class Problem(Protocol):
     def start(self, x: Tensor | None) -> Tensor:
         """Return ``f(x)``; ``None`` stands for zeros."""
 
-    def iterate(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Apply ``f`` ``steps >= 1`` times; return the last iterate and the last but one. ``x`` is not changed."""
+    def iterate(self, x: Tensor, steps: int, spare: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Apply ``f`` ``steps >= 1`` times; return the last iterate and the last but one.
+
+        ``x`` is not changed; ``spare``, of its shape, may be overwritten.
+        """
 
     def norm(self, x: Tensor) -> Tensor:
         """Return the norm of each row in which the map is known, or hoped, to contract."""
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the norm of each row of ``x - y``."""
+
+    def distance_over(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return what :meth:`distance` does, and may overwrite ``y``."""
 
     def scale(self, x: Tensor) -> Tensor:
         """Return for each row the size to which a relative tolerance refers."""
@@ -117,10 +125,11 @@ class AbstractFixedPointSolver(ABC):
 
     def tolerance(self, problem: Problem, x: Tensor) -> Tensor:
         """Return the tolerance of each row, positive."""
-        smallest = torch.finfo(x.dtype).tiny
+        smallest = torch.finfo(x.dtype).tiny  # where nothing is tolerated a zero residual still is
         if not self.rtol:
             return x.new_full((x.shape[0],), max(self.atol, smallest))
-        return (self.rtol * problem.scale(x)).add_(self.atol).clamp_min_(smallest)
+        tolerance = problem.scale(x).mul(self.rtol)
+        return (tolerance.add_(self.atol) if self.atol else tolerance).clamp_min_(smallest)
 
 
 class State(NamedTuple):

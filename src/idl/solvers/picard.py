@@ -16,13 +16,21 @@ class PicardState(NamedTuple):
 
     x: Tensor
     residual: Tensor
-    error: Tensor
     tolerance: Tensor
     worst: float
     excess: float
+    left: float
+    """Error over last step, by the geometric series of the measured rate; ``inf`` before that is known."""
     remaining: float | None
-    """Applications that the measured contraction still needs; ``None`` before it was measured, ``inf`` if it grows."""
+    """Applications that the measured rate still needs; ``None`` before it is known, ``inf`` if the steps grow."""
     spent: int
+    spare: Tensor | None
+    """A buffer for the next burst."""
+
+    @property
+    def error(self) -> Tensor:
+        """The estimated error of each row."""
+        return self.residual * self.left
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,14 @@ class Picard(AbstractFixedPointSolver):
         super().__post_init__()
         checks.in_half_open_unit("damping", self.damping)
 
-    def init(self, problem: Problem, x: Tensor | None) -> tuple[PicardState, int]:
+    def init(self, problem: Problem, start: Tensor | None) -> tuple[PicardState, int]:
         """Apply the map once."""
-        x = problem.start(x)
+        x = problem.start(start)
         tolerance = self.tolerance(problem, x)
         unknown = torch.full_like(tolerance, math.inf)
-        return PicardState(x, unknown, unknown, tolerance, math.inf, math.inf, None, 1), 1
+        # From zero a linear map's first step is its source, to which the tolerance is relative: known without a look.
+        worst = 1 / self.rtol if problem.linear and start is None and self.rtol else math.inf
+        return PicardState(x, unknown, tolerance, worst, math.inf, math.inf, None, 1, None), 1
 
     def step(self, problem: Problem, state: PicardState, budget: int) -> tuple[PicardState, int]:
         """Apply the map as often as is expected to be needed, at most as often as until now, then test."""
@@ -60,44 +70,48 @@ class Picard(AbstractFixedPointSolver):
         else:
             steps = int(min(max(state.remaining, 1), max(state.spent, 4), 64))
         steps = min(steps, budget)
-        x, residual = self._apply(problem, state.x, steps)
+        x, residual, spare = self._apply(problem, state, steps)
         worst = largest_ratio(residual, state.tolerance)
-        spent = state.spent + steps
-        if state.worst == math.inf and worst > 0:
-            unknown = torch.full_like(residual, math.inf)
-            return PicardState(x, residual, unknown, state.tolerance, worst, math.inf, None, spent), steps
         rate = _rate(state, residual, worst, steps)
-        left = rate / (1 - rate) if rate < 1 else math.inf  # error over last step, by the geometric series
-        remaining = _steps_until_done(worst, rate)
-        excess = worst * max(1.0, left)
-        return PicardState(x, residual, residual * left, state.tolerance, worst, excess, remaining, spent), steps
+        left = math.inf if rate is None or rate >= 1 else rate / (1 - rate)
+        # The steps of a linear map tell its error; those of another may hide a slow part, so they have to pass as well.
+        excess = worst * (left if problem.linear else max(1.0, left)) if worst else 0.0
+        remaining = None if rate is None else _steps_until_done(excess, rate)
+        spent = state.spent + steps
+        return PicardState(x, residual, state.tolerance, worst, excess, left, remaining, spent, spare), steps
 
-    def _apply(self, problem: Problem, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    def _apply(self, problem: Problem, state: PicardState, steps: int) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.damping == 1:
-            x, previous = problem.iterate(x, steps)
-            return x, problem.distance(x, previous)
+            x, previous = problem.iterate(state.x, steps, state.spare)
+            if steps == 1:  # then the previous iterate is still somebody's
+                return x, problem.distance(x, previous), None
+            return x, problem.distance_over(x, previous), previous
+        x = state.x
         for _ in range(steps):
             image = problem(x)
             residual = problem.distance(image, x)
             x = torch.lerp(x, image, self.damping)
-        return x, residual
+        return x, residual, None
 
 
-def _rate(state: PicardState, residual: Tensor, worst: float, steps: int) -> float:
-    """Return the contraction a step over the last ``steps`` steps, of the slowest row."""
+def _rate(state: PicardState, residual: Tensor, worst: float, steps: int) -> float | None:
+    """Return the contraction a step over the last ``steps`` steps, of the slowest row; ``None`` before it is known."""
     before = state.worst
+    if worst == 0:
+        return 0.0
+    if before == math.inf and math.isfinite(worst):
+        return None
     if not (math.isfinite(worst) and math.isfinite(before)):
         finite = residual.isfinite() & state.residual.isfinite()  # a lost sample must not slow the others down
         if not bool(finite.any()):
-            return 0.0
+            return None
         worst = largest_ratio(residual[finite], state.tolerance[finite])
         before = largest_ratio(state.residual[finite], state.tolerance[finite])
-    return (worst / before) ** (1 / steps) if before > 0 else 0.0
+    return float((worst / before) ** (1 / steps)) if before > 0 else 0.0
 
 
-def _steps_until_done(worst: float, rate: float) -> float:
-    """Steps after which both the residual and the estimated error are within the tolerance."""
-    if rate >= 1 or not math.isfinite(worst):
+def _steps_until_done(excess: float, rate: float) -> float:
+    """Return the steps after which the residual and the estimated error are within the tolerance."""
+    if rate >= 1 or not math.isfinite(excess):
         return math.inf
-    wanted = worst * max(1.0, rate / (1 - rate))
-    return max(1.0, math.ceil(math.log(wanted) / -math.log(rate))) if wanted > 1 and rate > 0 else 1.0
+    return float(max(1, math.ceil(math.log(excess) / -math.log(rate)))) if excess > 1 and rate > 0 else 1.0

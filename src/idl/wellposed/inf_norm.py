@@ -86,8 +86,8 @@ def _below(radius: float, dtype: torch.dtype) -> float:
 def _rescaled(A: Tensor, sums: Tensor, radius: float) -> Tensor:
     try:
         # Most of the time no row is above, and the parameter itself is the answer, without a node for autograd.
-        if not bool((sums.detach() > radius).any()):
+        if float(sums.detach().max()) <= radius:
             return A
     except RuntimeError:  # mapped over A by vmap: there is no single answer
         pass
-    return torch.where(sums > radius, A * (_below(radius, A.dtype) / sums), A)
+    return A * (_below(radius, A.dtype) / sums).clamp(max=1)

@@ -1,0 +1,146 @@
+"""The gradient contract: every solver, adjoint, constraint and map, in combinations where each pair of them meets.
+
+A new solver, adjoint, constraint or map is one entry in ``problems.py`` and inherits every test here.
+"""
+
+import oracles
+import pytest
+import torch
+from problems import ADJOINTS, BATCH, CASES, MAPS, N, SOLVERS, Case, random
+from tolerances import EPS, FINITE_DIFFERENCE, FLOAT64
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
+
+EXACT = [case for case in CASES if case.exact]
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def over(cases):
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+def close(value, truth, tolerance=FLOAT64):
+    torch.testing.assert_close(value, truth, rtol=tolerance, atol=tolerance)
+
+
+def loss(case):
+    """A function whose second derivatives are not those of the equilibrium alone."""
+    return lambda *tensors: (case.cotangent * case.solve(*tensors)).sum() + case.solve(*tensors).square().sum() / 2
+
+
+def plain_loss(case):
+    def function(*tensors):
+        x = oracles.unrolled(case.plain, torch.zeros(BATCH, N), *tensors)
+        return (case.cotangent * x).sum() + x.square().sum() / 2
+
+    return function
+
+
+def test_the_table_has_every_solver_adjoint_and_map():
+    assert {c.solver_name for c in CASES} == set(SOLVERS)
+    assert {c.adjoint_name for c in CASES} == set(ADJOINTS)
+    assert {c.map_name for c in CASES} == set(MAPS)
+
+
+@over(CASES)
+def test_value_and_gradient_are_those_of_a_dense_solve(case):
+    tensors = case.leaves
+    x = case.solve(*tensors)
+    close(x, case.x)
+    gradients = torch.autograd.grad(x, tensors, case.cotangent)
+    for gradient, truth in zip(gradients, case.gradient(), strict=True):
+        close(gradient, truth)
+
+
+@over(EXACT)
+def test_first_derivatives_agree_with_finite_differences(case):
+    # Reverse and forward mode, each also mapped over (co)tangents; along random directions, which a wrong entry moves.
+    assert gradcheck(
+        case.solve,
+        case.leaves,
+        eps=EPS,
+        atol=FINITE_DIFFERENCE,
+        fast_mode=True,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )
+
+
+@over(EXACT)
+def test_second_derivatives_agree_with_finite_differences(case):
+    assert gradgradcheck(
+        case.solve,
+        case.leaves,
+        [case.cotangent.requires_grad_()],
+        eps=EPS,
+        atol=FINITE_DIFFERENCE,
+        fast_mode=True,
+        check_fwd_over_rev=True,
+        check_rev_over_rev=True,
+    )
+
+
+@over(EXACT)
+def test_jvp_agrees_with_finite_differences_of_the_plain_map(case):
+    directions = [random(*t.shape, seed=6) for t in case.tensors]
+
+    def plain(*tensors):
+        return oracles.unrolled(case.plain, torch.zeros(BATCH, N), *tensors)
+
+    x, moved = jvp(case.solve, tuple(case.tensors), tuple(directions))
+    close(x, case.x)
+    close(moved, oracles.finite_difference(plain, case.tensors, directions, EPS), FINITE_DIFFERENCE)
+
+
+@over(CASES)
+@pytest.mark.parametrize("mapped", ["inputs", "state matrix", "everything"])
+def test_vmap_of_the_gradient_is_a_loop_over_it(case, mapped):
+    states = len(case.tensors) - 3 - len(case.map.weights)
+    chosen = {"inputs": [states + 1], "state matrix": range(states), "everything": range(len(case.tensors))}[mapped]
+    scales = torch.tensor([1.0, 0.95])
+    stacked = [
+        torch.stack([s * t for s in scales]) if i in chosen else t for i, t in enumerate(case.tensors)
+    ]
+    in_dims = tuple(0 if i in chosen else None for i in range(len(stacked)))
+
+    def pulled(*tensors):
+        x, pull = torch.func.vjp(case.solve, *tensors)
+        return x, pull(case.cotangent)
+
+    x, gradients = vmap(pulled, in_dims)(*stacked)
+    for k in range(len(scales)):
+        tensors = [t[k] if i in chosen else t for i, t in enumerate(stacked)]
+        close(x[k], oracles.unrolled(case.plain, torch.zeros(BATCH, N), *tensors))
+        for gradient, truth in zip(gradients, case.gradient(tensors), strict=True):
+            close(gradient[k], truth)
+
+
+@over(CASES)
+def test_jacrev_is_jacfwd_and_the_dense_jacobian(case):
+    every = tuple(range(len(case.tensors)))
+    reverse, forward = (jac(case.solve, every)(*case.tensors) for jac in (jacrev, jacfwd))
+    basis = torch.eye(BATCH * N).reshape(-1, BATCH, N)
+    rows = [case.gradient(cotangent=c) for c in basis]
+    for i in every:
+        truth = torch.stack([row[i] for row in rows]).reshape(BATCH, N, *case.tensors[i].shape)
+        close(reverse[i], truth)
+        close(forward[i], truth)
+
+
+@over(EXACT)
+def test_hessian_is_that_of_the_unrolled_plain_map(case):
+    # Of the state matrix and the input: blocks on and off the diagonal, in the three mixtures of modes that exist.
+    chosen = (0, len(case.tensors) - 2 - len(case.map.weights))
+    truth = torch.autograd.functional.hessian(plain_loss(case), tuple(case.tensors))
+    for hessian in (jacfwd(grad(loss(case), chosen), chosen), jacrev(jacfwd(loss(case), chosen), chosen)):
+        blocks = hessian(*case.tensors)
+        for i, a in enumerate(chosen):
+            for j, b in enumerate(chosen):
+                close(blocks[i][j], truth[a][b])

@@ -1,0 +1,23 @@
+import pytest
+import torch
+
+from idl.linalg.norms import inf_norm, row_sums
+from idl.linalg.operators import Dense, Factored
+
+
+def test_row_sums_add_magnitudes_and_keep_the_dimension():
+    assert torch.equal(row_sums(torch.tensor([[1.0, -2.0], [0.0, 3.0]])), torch.tensor([[3.0], [3.0]]))
+
+
+def test_the_norm_of_a_dense_matrix_is_that_of_torch():
+    A = torch.randn(9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert float(inf_norm(Dense(A))) == pytest.approx(float(torch.linalg.matrix_norm(A, torch.inf)), rel=1e-15)
+
+
+@pytest.mark.parametrize("n", [1, 5, 1024, 1025])
+def test_the_norm_of_a_factored_matrix_is_that_of_its_product(n):
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(n, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    left[-1] *= 100  # the largest row is the last, in a chunk of its own where n = 1025
+    expected = torch.linalg.matrix_norm(left @ right.T, torch.inf)
+    assert float(inf_norm(Factored(left, right))) == pytest.approx(float(expected), rel=1e-13)

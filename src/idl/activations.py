@@ -107,9 +107,7 @@ softplus = Activation(_softplus, torch.sigmoid, 1.0, _softplus_slope_of_output, 
 silu = Activation(F.silu, _silu_slope, 1.0998395, None, None, "silu")
 identity = Activation(_identity, torch.ones_like, 1.0, torch.ones_like, _identity, "identity")
 
-BY_NAME: dict[str, Activation] = {
-    a.name: a for a in (relu, leaky_relu, tanh, sigmoid, softplus, silu, identity)
-}
+BY_NAME: dict[str, Activation] = {a.name: a for a in (relu, leaky_relu, tanh, sigmoid, softplus, silu, identity)}
 
 
 def componentwise(activation: Activation) -> Activation:

@@ -174,15 +174,11 @@ def _draw(
     draw_training(records, folder.path / "training.png")
     A = model.state_matrix().detach().double()
     bu = test.inputs[:256].double() @ model.B.detach().double().T
-    residuals = picard_residuals(
-        lambda x: torch.relu(x @ A.T + bu), torch.zeros_like(bu), tol=1e-9, max_steps=200
-    )
+    residuals = picard_residuals(lambda x: torch.relu(x @ A.T + bu), torch.zeros_like(bu), tol=1e-9, max_steps=200)
     draw_equilibrium(residuals, A, folder.path / "equilibrium.png", rate=report.norm)
 
 
-def _table(
-    histories: "dict[str, History]", parameters: dict[str, int], report: "EquilibriumReport"
-) -> "Table":
+def _table(histories: "dict[str, History]", parameters: dict[str, int], report: "EquilibriumReport") -> "Table":
     """Return the closing table, which fits 80 columns."""
     from rich.table import Table
 

@@ -1,7 +1,7 @@
 """Where map, solver and adjoint meet: the equilibrium of an implicit model, and any other fixed point."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,8 @@ from idl.maps.general import GeneralMap
 from idl.solvers.adaptive import Adaptive
 from idl.solvers.base import AbstractFixedPointSolver, Solution
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _SOLVER = Adaptive()
 _ADJOINT = ImplicitAdjoint()
 
@@ -69,9 +71,7 @@ def equilibrium(
         >>> equilibrium(A, B, u).x
         tensor([[2.0000]])
     """
-    return eagerly(
-        lambda: attempt(A, B, u, bias, activations.resolve(phi), x0, solver, adjoint, on_failure).measured()
-    )
+    return eagerly(lambda: attempt(A, B, u, bias, activations.resolve(phi), x0, solver, adjoint, on_failure).measured())
 
 
 def fixed_point(
@@ -198,6 +198,7 @@ def attempt(
     tensors = [t.to(precision) for t in state_matrix.tensors]
     start = None if x0 is None else x0.to(precision).expand(Z.shape).reshape(rows.shape)
     parametric: ParametricMap
+    parameters: Parameters
     if phi.derivative is not None:
         parametric, parameters = AffineMap(type(state_matrix), phi), (rows, *tensors)
     else:
@@ -214,14 +215,12 @@ def attempt(
     return Attempt(result, x, steps, converged, parametric, parameters)
 
 
-def _composed(
-    kind: type[StateMatrix], phi: Activation, count: int, captured: list[Tensor]
-) -> Callable[..., Tensor]:
+def _composed(kind: type[StateMatrix], phi: Activation, count: int, captured: list[Tensor]) -> Callable[..., Tensor]:
     """Return ``phi(x A^T + Z)`` as a function of ``x, Z, *A, *captured``."""
 
     def function(x: Tensor, Z: Tensor, *values: Tensor) -> Tensor:
-        pure = with_captured(phi, captured, values[count:])
-        return pure(kind(*values[:count]).apply(x) + Z)
+        image: Tensor = with_captured(phi, captured, values[count:])(kind(*values[:count]).apply(x) + Z)
+        return image
 
     return function
 
@@ -230,14 +229,16 @@ def _measured_residual(parametric: ParametricMap, parameters: Parameters, x: Ten
     x = x.detach()
     with torch.no_grad():
         value, _ = parametric.at(tuple(p.detach() for p in parameters)).linearise(x)
-        return torch.linalg.vector_norm(value - x, torch.inf, dim=1).to(x.dtype)
+        residual: Tensor = torch.linalg.vector_norm(value - x, torch.inf, dim=1)
+        return residual.to(x.dtype)
 
 
-def eagerly(function: Callable[..., Any], *arguments: Any) -> Any:
+def eagerly(function: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwargs) -> _T:
     """Call ``function`` outside any graph that torch.compile is tracing: its loops depend on the data."""
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(function)(*arguments)
-    return function(*arguments)
+        # Here and not as a decorator, which would load the compiler with the library.
+        function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return function(*arguments, **keywords)
 
 
 def _check_shapes(state_matrix: StateMatrix, B: Tensor, u: Tensor, bias: Tensor | None, x0: Tensor | None) -> None:
@@ -295,12 +296,14 @@ class _Layout:
 
     def pack(self, state: Any) -> Tensor:
         """Return the state as one matrix."""
-        parts = [leaf.reshape(self.rows, size) for leaf, size in zip(pytree.tree_leaves(state), self.sizes, strict=True)]
+        parts = [
+            leaf.reshape(self.rows, size) for leaf, size in zip(pytree.tree_leaves(state), self.sizes, strict=True)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def unpack(self, x: Tensor) -> Any:
         """Return the state that a matrix stands for."""
-        parts = x.split(self.sizes, 1) if len(self.sizes) > 1 else (x,)
+        parts = torch.split(x, self.sizes, 1) if len(self.sizes) > 1 else (x,)
         return pytree.tree_unflatten(
             [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)], self.structure
         )

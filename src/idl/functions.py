@@ -111,9 +111,7 @@ class ImplicitFunction:
         parts = (self.activation, self.constraint, self.solver, self.adjoint)
         return f"{type(self).__name__}({', '.join(map(repr, parts))})"
 
-    def _attempt(
-        self, A: StateParameters, B: Tensor, u: Tensor, bias: Tensor | None, x0: Tensor | None
-    ) -> Attempt:
+    def _attempt(self, A: StateParameters, B: Tensor, u: Tensor, bias: Tensor | None, x0: Tensor | None) -> Attempt:
         return attempt(
             self.state_matrix(A), B, u, bias, self.activation, x0, self.solver, self.adjoint, self.on_failure
         )
@@ -123,7 +121,9 @@ class ImplicitFunction:
         if not overridden:
             return activations.resolve(activations.relu if activation is None else activation)
         if activation is not None:
-            raise ValueError(f"`activation` must be None because {type(self).__name__} overrides phi; got {activation!r}.")
+            raise ValueError(
+                f"`activation` must be None because {type(self).__name__} overrides phi; got {activation!r}."
+            )
         derivative = self.dphi if type(self).dphi is not ImplicitFunction.dphi else None
         return Activation(self.phi, derivative, name=f"{type(self).__name__}.phi")
 

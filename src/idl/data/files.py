@@ -97,8 +97,7 @@ def read(source: Source, file: str, *, download: bool = True, progress: bool = T
         return data
     if not download:
         raise DatasetError(
-            f"{source.name}: {file} was not found, and download=False.\n"
-            + _without_network(source, file, looked_in)
+            f"{source.name}: {file} was not found, and download=False.\n" + _without_network(source, file, looked_in)
         )
     return _download(source, file, looked_in, progress=progress).read_bytes()
 
@@ -153,9 +152,7 @@ def _download(source: Source, file: str, looked_in: list[Path], *, progress: boo
 
     try:
         with _quiet(pooch.get_logger()):
-            return Path(
-                pooch.retrieve(url, known_hash=expected[0].hash, fname=file, path=folder, downloader=fetch)
-            )
+            return Path(pooch.retrieve(url, known_hash=expected[0].hash, fname=file, path=folder, downloader=fetch))
     except requests.RequestException as error:
         raise DatasetError(
             f"{source.name}: cannot download {url}\n    because of {type(error).__name__}: {error}\n"

@@ -37,20 +37,15 @@ def parse_idx(data: bytes, *, ndim: int) -> Bytes:
     """
     header = 4 + 4 * ndim
     if len(data) < header:
-        raise ValueError(
-            f"an IDX file with {ndim} dimensions has a header of {header} bytes; got {len(data)}."
-        )
+        raise ValueError(f"an IDX file with {ndim} dimensions has a header of {header} bytes; got {len(data)}.")
     magic, expected = data[:4], bytes([0, 0, _IDX_UNSIGNED_BYTE, ndim])
     if magic != expected:
         raise ValueError(
-            f"the magic number must be {expected.hex()} (IDX, unsigned bytes, {ndim} dimensions); "
-            f"got {magic.hex()}."
+            f"the magic number must be {expected.hex()} (IDX, unsigned bytes, {ndim} dimensions); got {magic.hex()}."
         )
     shape = tuple(int(size) for size in np.frombuffer(data, dtype=">u4", count=ndim, offset=4))
     if len(data) != header + math.prod(shape):
-        raise ValueError(
-            f"an IDX file of shape {shape} has {header + math.prod(shape)} bytes; got {len(data)}."
-        )
+        raise ValueError(f"an IDX file of shape {shape} has {header + math.prod(shape)} bytes; got {len(data)}.")
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
 
 
@@ -68,8 +63,7 @@ def parse_cifar10(data: bytes) -> tuple[Bytes, Bytes]:
     """
     if not data or len(data) % _CIFAR_RECORD:
         raise ValueError(
-            f"a CIFAR-10 batch is a positive number of records of {_CIFAR_RECORD} bytes; "
-            f"got {len(data)} bytes."
+            f"a CIFAR-10 batch is a positive number of records of {_CIFAR_RECORD} bytes; got {len(data)} bytes."
         )
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, _CIFAR_RECORD)
     labels = records[:, 0]

@@ -42,7 +42,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         """Return the fixed point with its implicit gradient; see :class:`AbstractAdjoint`."""
         call = _Call(parametric, solver, self.solver, report, "equilibrium")
         x0 = None if x0 is None else x0.detach()
-        return _FixedPoint.apply(call, x0, *parameters)
+        return _applied(call, x0, parameters)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -61,7 +61,7 @@ def solve(
     """Return the fixed point, steps and convergence of each row, all without a gradient."""
     call = _Call(parametric, solver, solver, report, "equilibrium")
     x0 = None if x0 is None else x0.detach()
-    return _FixedPoint.apply(call, x0, *(p.detach() for p in parameters))
+    return _applied(call, x0, tuple(p.detach() for p in parameters))
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ class _FixedPoint(torch.autograd.Function):
             adjoint = call.derivative(parametric, "adjoint")
             # An ordinary backward is differentiated no further, and a node of autograd's costs as much as two products.
             if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-                v, _, _ = _FixedPoint.apply(adjoint, None, *values)
+                v = _applied(adjoint, None, values)[0]
             else:
-                v, _, _ = _FixedPoint.forward(adjoint, None, *values)
+                v = _FixedPoint.forward(adjoint, None, *values)[0]
             wanted = ctx.needs_input_grad[2:]
             return (None, None, *call.parametric.pullback(x, parameters, g, v, wanted))
 
@@ -125,7 +125,7 @@ class _FixedPoint(torch.autograd.Function):
         call: _Call = ctx.call
         with without_autocast(x.device):
             parametric, values = call.parametric.tangent(x, tuple(rest), tangents[2:])
-            moved, _, _ = _FixedPoint.apply(call.derivative(parametric, "tangent"), None, *values)
+            moved = _applied(call.derivative(parametric, "tangent"), None, values)[0]
         return moved, None, None
 
     @staticmethod
@@ -138,10 +138,10 @@ class _FixedPoint(torch.autograd.Function):
             # A state matrix for each mapped index: no common product exists, and each solve takes steps of its own.
             fronted = [front(p, d) for p, d in zip(parameters, dims, strict=True)]
             outputs = [
-                _FixedPoint.apply(
+                _applied(
                     call,
                     x0 if x0 is None or x0_dim is None else x0.select(x0_dim, i),
-                    *(p if d is None else p[i] for p, d in zip(fronted, dims, strict=True)),
+                    tuple(p if d is None else p[i] for p, d in zip(fronted, dims, strict=True)),
                 )
                 for i in range(size)
             ]
@@ -149,8 +149,13 @@ class _FixedPoint(torch.autograd.Function):
         parametric, values = folded
         if x0 is not None:
             x0 = (x0.expand(size, *x0.shape) if x0_dim is None else front(x0, x0_dim)).flatten(0, 1)
-        outputs = _FixedPoint.apply(replace(call, parametric=parametric), x0, *values)
-        return tuple(part.unflatten(0, (size, -1)) for part in outputs), (0, 0, 0)
+        whole = _applied(replace(call, parametric=parametric), x0, values)
+        return tuple(torch.unflatten(part, 0, (size, -1)) for part in whole), (0, 0, 0)
+
+
+def _applied(call: _Call, x0: Tensor | None, parameters: Parameters) -> tuple[Tensor, Tensor, Tensor]:
+    x, steps, converged = _FixedPoint.apply(call, x0, *parameters)  # type: ignore[no-untyped-call]
+    return x, steps, converged
 
 
 # Function.apply asks for this at each call; worked out once, it costs a tenth of a small solve less.

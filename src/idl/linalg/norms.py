@@ -1,5 +1,6 @@
 """Norms of matrices."""
 
+import torch
 from torch import Tensor
 
 from idl.linalg.operators import Dense, Factored, StateMatrix
@@ -13,8 +14,8 @@ def row_sums(A: Tensor) -> Tensor:
 def inf_norm(matrix: StateMatrix) -> Tensor:
     r"""Return :math:`\|A\|_\infty`, the largest row sum of ``|A|``; a low-rank ``A`` is multiplied out in chunks."""
     if isinstance(matrix, Factored):
-        chunks = matrix.left.split(1024)  # rows at a time, so that n^2 numbers are never held
+        chunks = torch.split(matrix.left, 1024)  # rows at a time, so that n^2 numbers are never held
         sums = [row_sums(rows @ matrix.right.T).amax() for rows in chunks]
-        return max(sums)  # type: ignore[type-var]
+        return torch.stack(sums).amax()
     assert isinstance(matrix, Dense)
     return row_sums(matrix.matrix).amax()

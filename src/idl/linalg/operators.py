@@ -72,7 +72,7 @@ class Dense:
         eye = torch.eye(n, dtype=rhs.dtype, device=rhs.device)
         chunk = max(1, 2**24 // (n * n))
         out = torch.empty_like(rhs)
-        for rows in torch.arange(len(rhs), device=rhs.device).split(chunk):
+        for rows in torch.split(torch.arange(len(rhs), device=rhs.device), chunk):
             systems = eye - slope[rows, :, None] * self.matrix
             solved, _ = torch.linalg.solve_ex(systems, rhs[rows, :, None])
             out[rows] = solved[..., 0]

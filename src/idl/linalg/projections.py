@@ -26,7 +26,7 @@ def l1_ball_threshold(magnitudes: Tensor, radius: float) -> Tensor:
 
 
 def project_rows_l1(A: Tensor, radius: float) -> Tensor:
-    r"""Project each row of ``A`` onto the :math:`\ell_1` ball: the nearest row with :math:`\sum_j |a_j| \le` ``radius``.
+    r"""Project each row of ``A`` onto the :math:`\ell_1` ball of the radius: the nearest row inside.
 
     Differentiable: with the support held, the projection is an affine function of the row, which is what
     autograd sees here.

@@ -1,6 +1,7 @@
 """The map ``x -> phi(x A^T + Z)`` of an implicit model, and the sloped linear maps that its derivatives are."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,12 +11,13 @@ from torch import Tensor
 from idl.activations import Activation
 from idl.linalg.operators import StateMatrix, StrictlyLower, StrictlyUpper, to_precise
 from idl.maps.base import Parameters, ParametricMap, add, front
+from idl.solvers.base import Problem
 
 _BLOCK = 16  # units that substitution settles together: small products, and few of them
 
 
 @dataclass(frozen=True)
-class AffineMap:
+class AffineMap(ParametricMap):
     r""":math:`x \mapsto \phi(xA^T + Z)`, componentwise :math:`\phi` with a known derivative; parameters ``(Z, *A)``.
 
     Args:
@@ -74,7 +76,7 @@ class AffineMap:
 
 
 @dataclass(frozen=True)
-class SlopedMap:
+class SlopedMap(ParametricMap):
     r""":math:`v \mapsto d \circ (vA^T) + c`, with a slope ``d`` and a source ``c`` a row; parameters ``(d, c, *A)``.
 
     Args:
@@ -148,26 +150,53 @@ def _fold_rows(
 
 
 @dataclass(frozen=True)
-class _AffineProblem:
-    """:class:`AffineMap` at its parameters."""
+class _MatrixProblem(Problem):
+    """What :class:`AffineMap` and :class:`SlopedMap` have in common for a solver: a state matrix acts on each row."""
 
     state_matrix: StateMatrix
-    Z: Tensor
-    activation: Activation
-    linear = False
     separable = True
     newton_is_cheap = True
 
-    @property
-    def solve_is_cheap(self) -> bool:
-        return self.state_matrix.solve_is_cheap
+    def iterate(self, x: Tensor, steps: int, spare: Tensor | None) -> tuple[Tensor, Tensor]:
+        current = self._apply_into(x, torch.empty_like(x) if spare is None else spare)
+        if steps == 1:
+            return current, x
+        previous, current = current, self._apply_into(current, torch.empty_like(x))
+        for _ in range(steps - 2):
+            previous, current = current, self._apply_into(current, previous)
+        return current, previous
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._apply_into(x, torch.empty_like(x))
+
+    @abstractmethod
+    def _apply_into(self, x: Tensor, out: Tensor) -> Tensor:
+        """Write ``f(x)`` into ``out``."""
+
+    def product(self, slope: Tensor, v: Tensor) -> Tensor:
+        return slope * self.state_matrix.apply(v)
 
     @property
     def can_solve(self) -> bool:
         return self.state_matrix.can_solve
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._apply_into(x, torch.empty_like(self.Z))
+    @property
+    def solve_is_cheap(self) -> bool:
+        return self.state_matrix.solve_is_cheap
+
+    def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
+        return self.state_matrix.solve(slope, rhs)
+
+
+@dataclass(frozen=True)
+class _AffineProblem(_MatrixProblem):
+    """:class:`AffineMap` at its parameters."""
+
+    Z: Tensor
+    activation: Activation
+
+    def _apply_into(self, x: Tensor, out: Tensor) -> Tensor:
+        return self.activation.apply_(self.state_matrix.apply_into(x, out, plus=self.Z))
 
     def start(self, x: Tensor | None) -> Tensor:
         image = self.activation(self.Z) if x is None else self(x)
@@ -176,14 +205,8 @@ class _AffineProblem:
         # A saturating activation would hide an infinite input; its sample has no equilibrium.
         return torch.where(self.Z.isfinite().all(1, keepdim=True), image, torch.nan)
 
-    def iterate(self, x: Tensor, steps: int, spare: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _iterate_two_buffers(self._apply_into, x, steps, spare)
-
     def norm(self, x: Tensor) -> Tensor:
         return x.abs().amax(1)  # three times as fast as vector_norm
-
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        return (x - y).abs_().amax(1)
 
     def distance_over(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.sub(x, y, out=y).abs_().amax(1)
@@ -199,57 +222,30 @@ class _AffineProblem:
         assert self.activation.derivative is not None
         return self.activation(z), self.activation.derivative(z).to(self.Z.dtype)
 
-    def product(self, slope: Tensor, v: Tensor) -> Tensor:
-        return slope * self.state_matrix.apply(v)
-
-    def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
-        return self.state_matrix.solve(slope, rhs)
-
     def substitute(self) -> Tensor | None:
         return _substitute(self.state_matrix, self.Z, lambda units, z: self.activation(z))
 
-    def _apply_into(self, x: Tensor, out: Tensor) -> Tensor:
-        return self.activation.apply_(self.state_matrix.apply_into(x, out, plus=self.Z))
-
 
 @dataclass(frozen=True)
-class _SlopedProblem:
+class _SlopedProblem(_MatrixProblem):
     """:class:`SlopedMap` at its parameters."""
 
-    state_matrix: StateMatrix
     slope: Tensor
     source: Tensor
     order: float
     linear = True
-    separable = True
-    newton_is_cheap = True
 
-    @property
-    def solve_is_cheap(self) -> bool:
-        return self.state_matrix.solve_is_cheap
-
-    @property
-    def can_solve(self) -> bool:
-        return self.state_matrix.can_solve
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._apply_into(x, torch.empty_like(self.source))
+    def _apply_into(self, x: Tensor, out: Tensor) -> Tensor:
+        return torch.addcmul(self.source, self.state_matrix.apply_into(x, out), self.slope, out=out)
 
     def start(self, x: Tensor | None) -> Tensor:
         return self.source if x is None else self(x)
 
-    def iterate(self, x: Tensor, steps: int, spare: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _iterate_two_buffers(self._apply_into, x, steps, spare)
-
     def norm(self, x: Tensor) -> Tensor:
-        return x.abs().sum(1) if self.order == 1 else x.abs().amax(1)  # three times as fast as vector_norm
-
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.distance_over(x, y.clone())
+        return self._largest_or_sum(x.abs())
 
     def distance_over(self, x: Tensor, y: Tensor) -> Tensor:
-        size = torch.sub(x, y, out=y).abs_()
-        return size.sum(1) if self.order == 1 else size.amax(1)
+        return self._largest_or_sum(torch.sub(x, y, out=y).abs_())
 
     def scale(self, x: Tensor) -> Tensor:
         return self.norm(self.source)
@@ -260,12 +256,6 @@ class _SlopedProblem:
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.state_matrix.precise.apply(to_precise(x)) * self.slope + self.source, self.slope
 
-    def product(self, slope: Tensor, v: Tensor) -> Tensor:
-        return slope * self.state_matrix.apply(v)
-
-    def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
-        return self.state_matrix.solve(slope, rhs)
-
     def substitute(self) -> Tensor | None:
         return _substitute(
             self.state_matrix,
@@ -273,26 +263,11 @@ class _SlopedProblem:
             lambda units, z: torch.addcmul(self.source[:, units], self.slope[:, units], z),
         )
 
-    def _apply_into(self, x: Tensor, out: Tensor) -> Tensor:
-        return torch.addcmul(self.source, self.state_matrix.apply_into(x, out), self.slope, out=out)
+    def _largest_or_sum(self, sizes: Tensor) -> Tensor:
+        return sizes.sum(1) if self.order == 1 else sizes.amax(1)
 
 
-def _iterate_two_buffers(
-    apply_into: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, spare: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Apply a map ``steps`` times, writing into two buffers in turn and never into ``x``."""
-    current = apply_into(x, torch.empty_like(x) if spare is None else spare)
-    if steps == 1:
-        return current, x
-    previous, current = current, apply_into(current, torch.empty_like(x))
-    for _ in range(steps - 2):
-        previous, current = current, apply_into(current, previous)
-    return current, previous
-
-
-def _substitute(
-    state_matrix: StateMatrix, z: Tensor, finish: Callable[[slice, Tensor], Tensor]
-) -> Tensor | None:
+def _substitute(state_matrix: StateMatrix, z: Tensor, finish: Callable[[slice, Tensor], Tensor]) -> Tensor | None:
     """Solve ``x_i = finish(i, z_i + sum_j A_ij x_j)`` for a strictly triangular ``A``, block by block.
 
     Inside a block the iteration ends after at most as many passes as it has units, since the block is nilpotent, and
@@ -321,5 +296,3 @@ def _substitute(
         rest = slice(0, start) if upper else slice(units.stop, None)
         z[:, rest] += settled @ A[rest, units].T
     return x
-
-

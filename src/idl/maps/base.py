@@ -1,7 +1,7 @@
 """What differentiation asks of a map with parameters."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -10,8 +10,7 @@ from idl.solvers.base import Problem
 Parameters = tuple[Tensor, ...]
 
 
-@runtime_checkable
-class ParametricMap(Protocol):
+class ParametricMap(ABC):
     r"""A map :math:`x \mapsto f(x; \theta)` on rows, closed under differentiation of its fixed point.
 
     With :math:`x^* = f(x^*; \theta)` and :math:`J = \partial f/\partial x` there, the implicit function theorem gives
@@ -22,15 +21,19 @@ class ParametricMap(Protocol):
     Both are fixed points of maps of this kind again, so that derivatives of any order and any mixture exist.
     """
 
+    @abstractmethod
     def at(self, parameters: Parameters) -> Problem:
         """Return the map of these parameters, for a solver."""
 
+    @abstractmethod
     def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
         """Return the map of these parameters as a function that autograd can record."""
 
+    @abstractmethod
     def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple["ParametricMap", Parameters]:
         r"""Return the map whose fixed point determines :math:`\lambda`, with its parameters."""
 
+    @abstractmethod
     def pullback(
         self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
@@ -39,11 +42,13 @@ class ParametricMap(Protocol):
         Those not ``wanted`` may be ``None``.
         """
 
+    @abstractmethod
     def tangent(
         self, x: Tensor, parameters: Parameters, tangents: Sequence[Tensor | None]
     ) -> tuple["ParametricMap", Parameters]:
         """Return the map whose fixed point is the tangent of ``x``, with its parameters; ``None`` does not move."""
 
+    @abstractmethod
     def fold(
         self, size: int, parameters: Parameters, dims: Sequence[int | None]
     ) -> tuple["ParametricMap", Parameters] | None:

@@ -30,7 +30,9 @@ def captured_tensors(function: Callable[..., Any], arguments: Iterable[Any]) -> 
     return list(watch.captured.values()), result
 
 
-def with_captured(function: Callable[..., Any], originals: list[Tensor], values: Iterable[Tensor]) -> Callable[..., Any]:
+def with_captured(
+    function: Callable[..., Any], originals: list[Tensor], values: Iterable[Tensor]
+) -> Callable[..., Any]:
     """Return ``function`` with each of the captured ``originals`` replaced by one of ``values``."""
     substitute = {id(original): value for original, value in zip(originals, values, strict=True)}
 

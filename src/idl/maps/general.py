@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from idl.maps.base import Parameters, ParametricMap, front
+from idl.solvers.base import Problem
 
 RowFunction = Callable[..., Tensor]
 """``f(x, *parameters)`` on ``x`` of shape ``(rows, n)``; depends on nothing else that has a gradient."""
 
 
 @dataclass(frozen=True)
-class GeneralMap:
+class GeneralMap(ParametricMap):
     """Any function of a state and of parameters; rows may depend on each other."""
 
     row_function: RowFunction
@@ -71,13 +72,13 @@ class GeneralMap:
         mapped = torch.vmap(self.row_function, in_dims=in_dims)
 
         def function(x: Tensor, *values: Tensor) -> Tensor:
-            return mapped(x.unflatten(0, (size, -1)), *values).flatten(0, 1)
+            return mapped(torch.unflatten(x, 0, (size, -1)), *values).flatten(0, 1)
 
         return GeneralMap(function), fronted
 
 
 @dataclass(frozen=True)
-class LinearisedMap:
+class LinearisedMap(ParametricMap):
     r""":math:`v \mapsto Jv + c` or :math:`J^T v + c`, ``J`` the Jacobian of a function; parameters ``(x, c, *theta)``.
 
     A :class:`GeneralMap` in all but this: it linearises once a solve, and it is known to be linear.
@@ -148,12 +149,8 @@ class LinearisedMap:
         return GeneralMap(function)
 
 
-class _GeneralProblem:
-    """A map for a solver, known by its values; a linear one also by its products."""
-
-    separable = False
-    solve_is_cheap = False
-    can_solve = False
+class _GeneralProblem(Problem):
+    """A map for a solver, known by its values; a linear one also by its source and its products."""
 
     def __init__(
         self,
@@ -177,26 +174,11 @@ class _GeneralProblem:
         assert self.source is not None, "only a linear map may start at zero unasked"
         return self.source
 
-    def iterate(self, x: Tensor, steps: int, spare: Tensor | None) -> tuple[Tensor, Tensor]:
-        previous = x
-        for _ in range(steps):
-            previous, x = x, self.function(x)
-        return x, previous
-
     def norm(self, x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(x, self.order, dim=1)
 
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.norm(x - y)
-
-    def distance_over(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.norm(x - y)
-
     def scale(self, x: Tensor) -> Tensor:
         return self.norm(x if self.source is None else self.source)
-
-    def restrict(self, rows: Tensor) -> "_GeneralProblem":
-        raise TypeError("rows of a general map may depend on each other")
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.function(x), x
@@ -205,9 +187,3 @@ class _GeneralProblem:
         if self.linear_product is not None:
             return self.linear_product(v)
         return torch.func.jvp(self.function, (slope,), (v,))[1]
-
-    def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
-        raise TypeError("a general map has no direct solve")
-
-    def substitute(self) -> Tensor | None:
-        return None

@@ -103,9 +103,7 @@ class ImplicitModel(nn.Module):
                 self.bias.zero_()
 
     @overload
-    def forward(
-        self, u: Tensor, x0: Tensor | None = None, return_solution: Literal[False] = False
-    ) -> Tensor: ...
+    def forward(self, u: Tensor, x0: Tensor | None = None, return_solution: Literal[False] = False) -> Tensor: ...
 
     @overload
     def forward(
@@ -172,7 +170,7 @@ class ImplicitModel(nn.Module):
 
 
 def _checked_rank(low_rank: bool, rank: int | None, hidden_dim: int) -> int | None:
-    if not isinstance(low_rank, bool):
+    if low_rank not in (True, False):
         raise TypeError(f"`low_rank` must be True or False; got {low_rank!r}.")
     if not low_rank:
         if rank is not None:

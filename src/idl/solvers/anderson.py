@@ -111,7 +111,7 @@ class Anderson(AbstractFixedPointSolver):
         size = gram.diagonal(dim1=1, dim2=2).sum(1) / usable.sum(1)
         size = torch.where(size > 0, size, 1)[:, None]
         gram = gram / size[:, :, None] + torch.diag_embed(self.ridge + (1 - usable))
-        weights, failed = torch.linalg.solve_ex(gram, usable[:, :, None])
+        weights, _ = torch.linalg.solve_ex(gram, usable[:, :, None])
         weights = weights[:, :, 0] * usable
         weights = weights / weights.sum(1, keepdim=True)
         newest = torch.zeros_like(weights)

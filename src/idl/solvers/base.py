@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,59 +31,82 @@ class Solution:
     error_bound: Float[Tensor, "*batch"] | None = None
 
 
-@runtime_checkable
-class Problem(Protocol):
-    """A map ``x -> f(x)`` on rows ``(rows, n)``, as a solver sees it."""
+class Problem(ABC):
+    """A map ``x -> f(x)`` on rows ``(rows, n)``, as a solver sees it.
 
-    linear: bool
+    Only the value of the map and its linearisation have to be written; the rest are better ways that a map may know.
+    """
+
+    linear: bool = False
     """Whether the map is affine in ``x``; its first image from zero then has the size of :meth:`scale`."""
-    separable: bool
+    separable: bool = False
     """Whether each row is a problem of its own, so that finished rows can be left out."""
-    newton_is_cheap: bool
+    newton_is_cheap: bool = False
     """Whether a product with the Jacobian costs about what an application of the map costs."""
-    solve_is_cheap: bool
-    """Whether :meth:`solve` costs about what a few products cost."""
-    can_solve: bool
-    """Whether :meth:`solve` exists and is affordable at this size."""
 
+    @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``f(x)``."""
 
+    @abstractmethod
     def start(self, x: Tensor | None) -> Tensor:
         """Return ``f(x)``; ``None`` stands for zeros."""
+
+    @abstractmethod
+    def norm(self, x: Tensor) -> Tensor:
+        """Return the norm of each row in which the map is known, or hoped, to contract."""
+
+    @abstractmethod
+    def scale(self, x: Tensor) -> Tensor:
+        """Return for each row the size to which a relative tolerance refers."""
+
+    @abstractmethod
+    def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``f(x)``, in float64 if the map can, and what :meth:`product` needs, one row a row."""
+
+    @abstractmethod
+    def product(self, slope: Tensor, v: Tensor) -> Tensor:
+        """Return ``J v`` for each row, ``J`` the Jacobian where ``slope`` was taken."""
 
     def iterate(self, x: Tensor, steps: int, spare: Tensor | None) -> tuple[Tensor, Tensor]:
         """Apply ``f`` ``steps >= 1`` times; return the last iterate and the last but one.
 
         ``x`` is not changed; ``spare``, of its shape, may be overwritten.
         """
-
-    def norm(self, x: Tensor) -> Tensor:
-        """Return the norm of each row in which the map is known, or hoped, to contract."""
+        previous = x
+        for _ in range(steps):
+            previous, x = x, self(x)
+        return x, previous
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the norm of each row of ``x - y``."""
+        return self.norm(x - y)
 
     def distance_over(self, x: Tensor, y: Tensor) -> Tensor:
         """Return what :meth:`distance` does, and may overwrite ``y``."""
-
-    def scale(self, x: Tensor) -> Tensor:
-        """Return for each row the size to which a relative tolerance refers."""
+        return self.norm(x - y)
 
     def restrict(self, rows: Tensor) -> "Problem":
         """Return the problem of the rows with these indices; only if :attr:`separable`."""
+        raise TypeError(f"the rows of {type(self).__name__} may depend on each other")
 
-    def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``f(x)`` in float64 where the device has it, and what :meth:`product` needs, one row a row."""
+    @property
+    def can_solve(self) -> bool:
+        """Whether :meth:`solve` exists and is affordable at this size."""
+        return False
 
-    def product(self, slope: Tensor, v: Tensor) -> Tensor:
-        """Return ``J v`` for each row, ``J`` the Jacobian where ``slope`` was taken."""
+    @property
+    def solve_is_cheap(self) -> bool:
+        """Whether :meth:`solve` costs about what a few products cost."""
+        return False
 
     def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
         """Solve ``v - J v = rhs`` for each row, directly; only if :attr:`can_solve`."""
+        raise TypeError(f"{type(self).__name__} has no direct solve")
 
     def substitute(self) -> Tensor | None:
         """Return the exact fixed point where the map is triangular, else ``None``."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from idl.solvers.base import AbstractFixedPointSolver, Problem, rounding_floor
 
-
 _UNWATCHED = 16  # steps in which a solve that goes well keeps no record of its best iterate
 
 

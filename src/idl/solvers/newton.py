@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from idl.solvers.base import AbstractFixedPointSolver, Problem, largest_ratio
 from idl.linalg.krylov import gcr
+from idl.solvers.base import AbstractFixedPointSolver, Problem, largest_ratio
 
 _INNER_STEPS = 24  # directions that are kept; a row that needs more restarts with the next outer step
 _STALE_STEPS = 10  # five nearly decoupled positive blocks settle within eight, at kappa = .999

@@ -31,8 +31,6 @@ class BackSubstitution(AbstractFixedPointSolver):
         lost = float(residual.sum())  # 0, or nan if some row is
         return State(x, residual, residual, zero, lost, lost), 1
 
-    def step(
-        self, problem: Problem, state: State, budget: int
-    ) -> tuple[State, int]:
+    def step(self, problem: Problem, state: State, budget: int) -> tuple[State, int]:
         """Return the solution as it is."""
         return state, budget

@@ -31,9 +31,7 @@ class ExplicitMLP(nn.Module):
             if size < 1:
                 raise ValueError(f"`{name}` must be at least 1; got {size}.")
         if rank is not None and not 1 <= rank <= hidden_dim:
-            raise ValueError(
-                f"`rank` must be in 1..{hidden_dim}, the hidden_dim, or None for a full A; got {rank}."
-            )
+            raise ValueError(f"`rank` must be in 1..{hidden_dim}, the hidden_dim, or None for a full A; got {rank}.")
         if rank is None:
             self.A = _uniform(hidden_dim, hidden_dim)
         else:

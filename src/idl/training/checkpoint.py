@@ -52,12 +52,8 @@ def save_checkpoint(
                 numbers[f"optimizer.{name}.{key}"] = value
     tensors["random.cpu"] = torch.get_rng_state()
     if any(parameter.is_cuda for parameter in model.parameters()):
-        tensors |= {
-            f"random.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())
-        }
-    groups = [
-        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-    ]
+        tensors |= {f"random.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     metadata = {
         "format": _FORMAT,
         "settings": json.dumps(settings),
@@ -99,9 +95,7 @@ def load_checkpoint(
             f"The checkpoint {path} belongs to a run with other settings: {', '.join(differences)}.\n"
             "    Use the settings of that run, another run folder, or delete the file to start again."
         )
-    weights = {
-        name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")
-    }
+    weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     _check_shapes(path, weights, model)
     optimizer_state: dict[str, dict[str, object]] = {}
     values: dict[str, object] = {**described["numbers"]}
@@ -115,9 +109,7 @@ def load_checkpoint(
     model.load_state_dict(weights)
     optimizer.load_state_dict(restored)
     torch.set_rng_state(tensors["random.cpu"])
-    cuda_states = [
-        tensors[name] for name in sorted(tensors, key=_last_number) if name.startswith("random.cuda.")
-    ]
+    cuda_states = [tensors[name] for name in sorted(tensors, key=_last_number) if name.startswith("random.cuda.")]
     if cuda_states and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(cuda_states[: torch.cuda.device_count()])
     return dict(position)
@@ -133,8 +125,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not views of the file
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"The checkpoint {path} is damaged or no checkpoint ({error}).\n"
-            "    Delete it to start the run again."
+            f"The checkpoint {path} is damaged or no checkpoint ({error}).\n    Delete it to start the run again."
         ) from error
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(
@@ -179,8 +170,7 @@ def _optimizer_state_dict(
             "    Build the optimizer of that run, or delete the file to start again."
         )
     hyperparameters = [
-        {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
-        for group in groups
+        {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()} for group in groups
     ]
     return {
         "state": {index: state[name] for index, name in enumerate(order) if name in state},

@@ -141,9 +141,7 @@ def fit_classifier(
         KeyboardInterrupt: If ``should_stop`` ended the run.
     """
     if len(train.labels) == 0 or len(test.labels) == 0:
-        raise ValueError(
-            f"Training needs samples; got {len(train.labels)} to train and {len(test.labels)} to test."
-        )
+        raise ValueError(f"Training needs samples; got {len(train.labels)} to train and {len(test.labels)} to test.")
     device = next(model.parameters()).device
     train, test = (Labelled(data.inputs.to(device), data.labels.to(device)) for data in (train, test))
     steps_per_epoch = -(-len(train.labels) // recipe.batch_size)
@@ -183,9 +181,7 @@ def fit_classifier(
             reported_at = now
         if epoch_is_over:
             samples = len(train.labels)
-            records.append(
-                EpochRecord(loss_sum.item() / samples, correct.item() / samples, *evaluate(model, test))
-            )
+            records.append(EpochRecord(loss_sum.item() / samples, correct.item() / samples, *evaluate(model, test)))
             loss_sum.zero_()
             correct.zero_()
             order = _sample_order(recipe.seed, epoch + 1, samples).to(device)
@@ -196,9 +192,7 @@ def fit_classifier(
         if checkpoint is not None and (stopping or step == total_steps or due):
             position = {"step": step, "epochs": records, "seconds": seconds}
             position |= {"loss_sum": loss_sum.item(), "correct": correct.item()}
-            save_checkpoint(
-                checkpoint, model=model, optimizer=optimizer, settings=all_settings, position=position
-            )
+            save_checkpoint(checkpoint, model=model, optimizer=optimizer, settings=all_settings, position=position)
             saved_at = time.perf_counter()
         if stopping:
             raise KeyboardInterrupt

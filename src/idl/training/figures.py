@@ -45,12 +45,8 @@ def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: Path) ->
         train = {"color": colour, "linewidth": 1.2, "linestyle": (0, (4, 2))}  # dashes of 4, gaps of 2 points
         loss.plot(epochs, [record.train_loss for record in records], **train)
         loss.plot(epochs, [record.test_loss for record in records], **test)
-        accuracy.plot(
-            epochs, [100 * record.train_accuracy for record in records], label=f"{name}, training", **train
-        )
-        accuracy.plot(
-            epochs, [100 * record.test_accuracy for record in records], label=f"{name}, test", **test
-        )
+        accuracy.plot(epochs, [100 * record.train_accuracy for record in records], label=f"{name}, training", **train)
+        accuracy.plot(epochs, [100 * record.test_accuracy for record in records], label=f"{name}, test", **test)
     loss.set(xlabel="epoch", ylabel="cross entropy (nats)", yscale="log", title="Loss")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
     accuracy.legend(loc="lower right", frameon=False)
@@ -78,9 +74,7 @@ def draw_equilibrium(
     # A sample that has arrived has residual 0, which a log axis cannot show.
     values = values.clamp_min(values[values > 0].min().item() if bool((values > 0).any()) else 1.0)
     steps = range(len(values))
-    left.fill_between(
-        steps, values.amin(1).numpy(), values.amax(1).numpy(), color=_COLOURS[0], alpha=0.25, linewidth=0
-    )
+    left.fill_between(steps, values.amin(1).numpy(), values.amax(1).numpy(), color=_COLOURS[0], alpha=0.25, linewidth=0)
     left.plot(steps, values.median(1).values.numpy(), color=_COLOURS[0], linewidth=1.8)
     bound = [values[0].max().item() * rate**step for step in steps]
     left.plot(steps, bound, color=_COLOURS[1], linewidth=1.5, linestyle="--")

@@ -41,8 +41,7 @@ def progress_line(label: str, console: Console) -> Iterator[Callable[[Progress],
 
         def show(progress: Progress) -> None:
             text = (
-                f"epoch {progress.epoch}/{progress.epochs} "
-                f"loss {progress.loss:.3f} acc {100 * progress.accuracy:.1f} %"
+                f"epoch {progress.epoch}/{progress.epochs} loss {progress.loss:.3f} acc {100 * progress.accuracy:.1f} %"
             )
             bar.update(task, completed=progress.step, total=progress.total_steps, description=text)
 

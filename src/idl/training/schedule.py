@@ -43,9 +43,7 @@ class OneCycle:
     def _between(self, step: int, first: float, middle: float, last: float) -> float:
         """Return the value at ``step`` of the curve from ``first`` over ``middle`` to ``last``."""
         if not 0 <= step < self.total_steps:
-            raise ValueError(
-                f"`step` must be in 0..{self.total_steps - 1}, the steps of this schedule; got {step}."
-            )
+            raise ValueError(f"`step` must be in 0..{self.total_steps - 1}, the steps of this schedule; got {step}.")
         peak = 0.3 * self.total_steps - 1
         end = self.total_steps - 1
         if step <= peak:

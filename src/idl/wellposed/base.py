@@ -18,7 +18,7 @@ class AbstractConstraint(ABC):
     @property
     @abstractmethod
     def contraction(self) -> float | None:
-        r"""A proved factor :math:`\kappa < 1` by which the map contracts in the max norm; ``None`` if none is proved."""
+        r"""A proved factor below 1 by which the map contracts in the max norm; ``None`` if none is proved."""
 
     @abstractmethod
     def admit(self, A: Tensor, lipschitz: float) -> StateMatrix:

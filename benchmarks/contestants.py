@@ -87,8 +87,8 @@ def state_solvers(
     return {
         "ours": lambda: ours(A, B, u),
         "torchidl": lambda: theirs.apply(A, B, A.new_zeros(len(A), len(u)), u.T).T,
-        "torchdeq picard": _torchdeq_state("fixed_point_iter", A, B, u, solve),
-        "torchdeq anderson": _torchdeq_state("anderson", A, B, u, solve),
+        "deq picard": _torchdeq_state("fixed_point_iter", A, B, u, solve),
+        "deq anderson": _torchdeq_state("anderson", A, B, u, solve),
     }
 
 

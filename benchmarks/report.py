@@ -79,7 +79,7 @@ def _hard(rows: Sequence[Row]) -> list[str]:
         for row in rows
     ]
     return [
-        "Relative error against float64, what ours says of itself, and time of torchidl over that of ours:",
+        "Relative error against float64, what ours says of itself, and the time of torchidl over that of ours:",
         _table(["matrix, n", *names, "steps", "conv.", "time ratio"], body),
         _times("matrix, n", rows, _hard_name),
     ]
@@ -98,7 +98,7 @@ def _memory(rows: Sequence[Row]) -> list[str]:
     ]
     header = ["iterations", *(f"{what}, {kind}" for what in ("graph", "peak") for kind in kinds)]
     return [
-        "KiB beyond parameters and batch: kept by the graph at the end of the forward, and at the peak of the step.",
+        "KiB beyond parameters and batch, kept by the graph after the forward and at the peak of the step:",
         _table(header, body),
         *(_growth(rows, start, kinds) for start in (0, -2)),
     ]
@@ -163,8 +163,9 @@ def _draw_training(axes: Axes, rows: Sequence[Row]) -> None:
     labels = [f"{_size_name(row)}\nrows {row['row_sum']:g}" for row in rows]
     axes.set_xticks(range(len(rows)), labels, fontsize=7, rotation=30)
     axes.set(yscale="log", ylabel="time relative to the explicit MLP", title="Training step (input/hidden/batch)")
+    axes.set_ylim(top=2 * axes.get_ylim()[1])  # room for the legend
     _plain_ticks(axes)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="upper center", ncols=len(names), frameon=False, fontsize=8)
 
 
 def _plain_ticks(axes: Axes) -> None:
@@ -189,4 +190,5 @@ def _draw_hard(axes: Axes, rows: Sequence[Row]) -> None:
             )
     axes.set(xscale="log", yscale="log", xlabel="time of the forward (ms)", ylabel="relative error")
     axes.set_title("Hard equilibria: down and left is better")
-    axes.legend(frameon=False, fontsize=7)
+    axes.set_ylim(top=300)  # room for the legend
+    axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=7)

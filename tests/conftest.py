@@ -1,5 +1,13 @@
+import importlib
+import warnings
+
 import pytest
 import torch
+
+with warnings.catch_warnings():
+    # torch's own forward mode scripts its decompositions when it is first used, and warns that scripting is deprecated.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import oracles
 import torch
-from tolerances import SOLVE
 from torch.func import functional_call
 
+import oracles
 from idl import (
     Adaptive,
     Anderson,
@@ -31,13 +30,14 @@ from idl import (
     UnrolledAdjoint,
     fixed_point,
 )
+from tolerances import SOLVE
 
-KAPPA, N, P, BATCH, RANK = 0.6, 4, 3, 2, 2
+KAPPA, N, P, BATCH, RANK = 0.4, 4, 3, 2, 2
 MARGIN = 1e-2  # distance of every pre-activation, entry and row sum to the nearest kink, where no derivative exists
 
 
 def random(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # --- the axes -------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ _SOLVERS = {
 SOLVERS = {name: make(atol=SOLVE, max_steps=1000) for name, make in _SOLVERS.items()}
 ADJOINTS = {
     **{f"implicit {name}": ImplicitAdjoint(make(atol=0.0, rtol=SOLVE, max_steps=1000)) for name, make in _SOLVERS.items()},
-    "unrolled": UnrolledAdjoint(100),
+    "unrolled": UnrolledAdjoint(35),
     "phantom": PhantomAdjoint(steps=3, damping=0.8),
 }
 
@@ -235,6 +235,15 @@ class Case:
             if all(clear):
                 return tensors
         raise AssertionError("no seed gives a problem away from kinks")
+
+    @property
+    def flat(self):
+        """All tensors as one vector: one direction moves them all."""
+        return torch.cat([t.flatten() for t in self.tensors]).requires_grad_()
+
+    def solve_flat(self, flat):
+        parts = flat.split([t.numel() for t in self.tensors])
+        return self.solve(*(part.reshape(t.shape) for part, t in zip(parts, self.tensors, strict=True)))
 
     @property
     def leaves(self):

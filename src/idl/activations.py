@@ -110,14 +110,20 @@ identity = Activation(_identity, torch.ones_like, 1.0, torch.ones_like, _identit
 BY_NAME: dict[str, Activation] = {a.name: a for a in (relu, leaky_relu, tanh, sigmoid, softplus, silu, identity)}
 
 
-def componentwise(activation: Activation) -> Activation:
-    """Return ``activation`` with its derivative from autograd, taken to act on each entry by itself."""
+@dataclass(frozen=True)
+class _ComponentwiseDerivative:
+    """A class and not a closure, so that a model with it can be pickled."""
 
-    def derivative(z: Tensor) -> Tensor:
-        _, pull, *_ = torch.func.vjp(activation.phi, z)
+    phi: Callable[[Tensor], Tensor]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        _, pull, *_ = torch.func.vjp(self.phi, z)
         return pull(torch.ones_like(z))[0]
 
-    return replace(activation, derivative=derivative)
+
+def componentwise(activation: Activation) -> Activation:
+    """Return ``activation`` with its derivative from autograd, taken to act on each entry by itself."""
+    return replace(activation, derivative=_ComponentwiseDerivative(activation.phi))
 
 
 def resolve(activation: str | Activation | Callable[[Tensor], Tensor]) -> Activation:

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 def positive_integer(name: str, value: object) -> int:
@@ -50,6 +53,13 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
     return value
 
 
+def instance(name: str, value: _T, kind: type, advice: str) -> _T:
+    """Return ``value`` if it is an instance of ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"`{name}` must be an instance of {kind.__name__}; got {value!r}. {advice}")
+    return value
+
+
 def floating_tensor(name: str, value: object) -> Tensor:
     """Return ``value`` if it is a real floating-point tensor."""
     if not isinstance(value, Tensor):
@@ -57,6 +67,14 @@ def floating_tensor(name: str, value: object) -> Tensor:
     if not value.is_floating_point():
         raise TypeError(f"`{name}` must have a floating-point dtype; got {value.dtype}. Try {name}.float().")
     return value
+
+
+def square_matrix(name: str, value: object) -> Tensor:
+    """Return ``value`` if it is a square matrix of floating-point numbers."""
+    matrix = floating_tensor(name, value)
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"`{name}` must be a square matrix; got shape {tuple(matrix.shape)}.")
+    return matrix
 
 
 def same_device_and_dtype(tensors: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from idl.maps.affine import AffineMap
 from idl.maps.base import Parameters, ParametricMap
 from idl.maps.closure import captured_tensors, with_captured
 from idl.maps.general import GeneralMap
+from idl.maps.layout import StateLayout
 from idl.solvers.adaptive import Adaptive
 from idl.solvers.base import AbstractFixedPointSolver, Solution
 
@@ -71,6 +72,7 @@ def equilibrium(
         >>> equilibrium(A, B, u).x
         tensor([[2.0000]])
     """
+    _check_methods(solver, adjoint)
     return eagerly(lambda: attempt(A, B, u, bias, activations.resolve(phi), x0, solver, adjoint, on_failure).measured())
 
 
@@ -110,6 +112,7 @@ def fixed_point(
         >>> fixed_point(torch.cos, torch.tensor(1.0)).x
         tensor(0.7391)
     """
+    _check_methods(solver, adjoint)
     return eagerly(_fixed_point, f, x0, params, solver, adjoint, on_failure)
 
 
@@ -122,7 +125,7 @@ def _fixed_point(
     on_failure: OnFailure,
 ) -> Solution:
     report = FailureReport(on_failure, lambda: _GENERAL_ADVICE)
-    layout = _Layout(x0)
+    layout = StateLayout(x0)
     leaves, structure = pytree.tree_flatten(params)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     captured, image = captured_tensors(f, (x0, *params))
@@ -167,7 +170,8 @@ class Attempt(NamedTuple):
     def measured(self, kappa: float | None = None) -> Solution:
         """Return the solution; where the map contracts by ``kappa`` it says how far ``x`` is from the fixed point."""
         batch = self.x.shape[:-1]
-        residual = _measured_residual(self.parametric, self.parameters, self.rows)
+        rows = self.x.to(self.rows.dtype).reshape(self.rows.shape)  # rounded, as it is returned
+        residual = _measured_residual(self.parametric, self.parameters, rows)
         bound = None if kappa is None else (residual / (1 - kappa)).reshape(batch)
         return Solution(
             self.x, residual.reshape(batch), self.steps.reshape(batch), self.converged.reshape(batch), bound
@@ -186,7 +190,7 @@ def attempt(
     on_failure: OnFailure,
 ) -> Attempt:
     """Solve as :func:`equilibrium` does, without the extra application of the map that measures the residual."""
-    state_matrix = A if isinstance(A, StateMatrix) else Dense(checks.floating_tensor("A", A))
+    state_matrix = A if isinstance(A, StateMatrix) else Dense(checks.square_matrix("A", A))
     _check_shapes(state_matrix, B, u, bias, x0)
     Z = F.linear(u, B, bias)
     dtype = torch.promote_types(Z.dtype, state_matrix.tensors[0].dtype)
@@ -241,6 +245,11 @@ def eagerly(function: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwar
     return function(*arguments, **keywords)
 
 
+def _check_methods(solver: object, adjoint: object) -> None:
+    checks.instance("solver", solver, AbstractFixedPointSolver, "Try Adaptive().")
+    checks.instance("adjoint", adjoint, AbstractAdjoint, "Try ImplicitAdjoint().")
+
+
 def _check_shapes(state_matrix: StateMatrix, B: Tensor, u: Tensor, bias: Tensor | None, x0: Tensor | None) -> None:
     named = {"A": state_matrix.tensors[0], "B": B, "u": u}
     if bias is not None:
@@ -250,10 +259,6 @@ def _check_shapes(state_matrix: StateMatrix, B: Tensor, u: Tensor, bias: Tensor 
     for name, tensor in named.items():
         checks.floating_tensor(name, tensor)
     n = state_matrix.dim
-    if any(tensor.dim() != 2 for tensor in state_matrix.tensors):
-        raise ValueError(f"`A` must be a matrix, or two factors; got shape {tuple(state_matrix.tensors[0].shape)}.")
-    if isinstance(state_matrix, Dense) and state_matrix.matrix.shape != (n, n):
-        raise ValueError(f"`A` must be square; got shape {tuple(state_matrix.matrix.shape)}.")
     if B.dim() != 2 or B.shape[0] != n:
         raise ValueError(f"`B` must have shape ({n}, p) because A is {n} x {n}; got {tuple(B.shape)}.")
     if u.dim() == 0 or u.shape[-1] != B.shape[1]:
@@ -263,9 +268,16 @@ def _check_shapes(state_matrix: StateMatrix, B: Tensor, u: Tensor, bias: Tensor 
         )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"`bias` must have shape ({n},); got {tuple(bias.shape)}.")
-    if x0 is not None and (x0.dim() == 0 or x0.shape[-1] != n or x0.dim() > u.dim()):
+    if x0 is not None and not _broadcasts(x0.shape, (*u.shape[:-1], n)):
         raise ValueError(f"`x0` must have shape {(*u.shape[:-1], n)}, one start a sample; got {tuple(x0.shape)}.")
     checks.same_device_and_dtype(named)
+
+
+def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
+    """Return whether a start of this shape gives one to each sample: its last size is that of the state."""
+    if len(shape) == 0 or shape[-1] != target[-1] or len(shape) > len(target):
+        return False
+    return all(size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(target), strict=False))
 
 
 def _advice(state_matrix: StateMatrix) -> str:
@@ -276,44 +288,3 @@ def _advice(state_matrix: StateMatrix) -> str:
         f"max row sum of |A| is {norm:.4g}, {contracts}. {constrain}, raise mitr (the solver's max_steps), "
         "or try solver=Newton()."
     )
-
-
-class _Layout:
-    """How a nest of tensors is one matrix ``(rows, n)``, and back."""
-
-    def __init__(self, x0: Any) -> None:
-        leaves, self.structure = pytree.tree_flatten(x0)
-        if not leaves:
-            raise ValueError("`x0` must hold at least one tensor; got an empty structure.")
-        named = {f"x0[{i}]" if len(leaves) > 1 else "x0": leaf for i, leaf in enumerate(leaves)}
-        for name, leaf in named.items():
-            checks.floating_tensor(name, leaf)
-        checks.same_device_and_dtype(named)
-        self.shapes = [leaf.shape for leaf in leaves]
-        self.batched = all(len(s) >= 2 and s[0] == self.shapes[0][0] for s in self.shapes)
-        self.rows = self.shapes[0][0] if self.batched else 1
-        self.sizes = [s[1:].numel() if self.batched else s.numel() for s in self.shapes]
-
-    def pack(self, state: Any) -> Tensor:
-        """Return the state as one matrix."""
-        parts = [
-            leaf.reshape(self.rows, size) for leaf, size in zip(pytree.tree_leaves(state), self.sizes, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-    def unpack(self, x: Tensor) -> Any:
-        """Return the state that a matrix stands for."""
-        parts = torch.split(x, self.sizes, 1) if len(self.sizes) > 1 else (x,)
-        return pytree.tree_unflatten(
-            [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)], self.structure
-        )
-
-    def check(self, image: Any) -> None:
-        """Check that ``f(x0)`` is a state like ``x0``."""
-        leaves, structure = pytree.tree_flatten(image)
-        if structure != self.structure:
-            raise ValueError(f"`f` must return a state of the structure of x0, {self.structure}; got {structure}.")
-        for leaf, shape in zip(leaves, self.shapes, strict=True):
-            if not isinstance(leaf, Tensor) or leaf.shape != shape:
-                got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise ValueError(f"`f` must return tensors of the shapes of x0; expected {tuple(shape)}, got {got}.")

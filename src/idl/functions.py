@@ -59,9 +59,12 @@ class ImplicitFunction:
         tol, grad_tol = checks.non_negative("tol", tol), checks.non_negative("grad_tol", grad_tol)
         checks.one_of("on_failure", on_failure, ("raise", "warn", "ignore"))
         self.activation = self._own_activation(activation)
-        self.constraint = Free() if constraint is None else constraint
-        self.solver = Adaptive(tol, 0.0, mitr) if solver is None else solver
-        self.adjoint = ImplicitAdjoint(Adaptive(0.0, grad_tol, grad_mitr)) if adjoint is None else adjoint
+        constraint = Free() if constraint is None else constraint
+        solver = Adaptive(tol, 0.0, mitr) if solver is None else solver
+        adjoint = ImplicitAdjoint(Adaptive(0.0, grad_tol, grad_mitr)) if adjoint is None else adjoint
+        self.constraint = checks.instance("constraint", constraint, AbstractConstraint, "Try InfNorm(kappa=0.99).")
+        self.solver = checks.instance("solver", solver, AbstractFixedPointSolver, "Try Adaptive().")
+        self.adjoint = checks.instance("adjoint", adjoint, AbstractAdjoint, "Try ImplicitAdjoint().")
         self.on_failure = on_failure
 
     def phi(self, z: Tensor) -> Tensor:
@@ -77,10 +80,15 @@ class ImplicitFunction:
     def state_matrix(self, A: StateParameters) -> StateMatrix:
         """Return the admissible state matrix of the free parameter ``A``."""
         lipschitz = 1.0 if self.activation.lipschitz is None else self.activation.lipschitz
-        if isinstance(A, tuple):
-            left, right = (checks.floating_tensor("A", factor) for factor in A)
-            return self.constraint.admit_factors(left, right, lipschitz)
-        return self.constraint.admit(checks.floating_tensor("A", A), lipschitz)
+        if not isinstance(A, tuple):
+            return self.constraint.admit(checks.square_matrix("A", A), lipschitz)
+        if len(A) != 2:
+            raise ValueError(f"`A` must be a matrix or a pair of factors (L, R); got {len(A)} tensors.")
+        left, right = (checks.floating_tensor("A", factor) for factor in A)
+        if left.dim() != 2 or left.shape != right.shape:
+            shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
+            raise ValueError(f"`A` as factors (L, R) of L R^T must have two of the same shape (n, r); got {shapes}.")
+        return self.constraint.admit_factors(left, right, lipschitz)
 
     def __call__(
         self, A: StateParameters, B: Tensor, u: Tensor, *, bias: Tensor | None = None, x0: Tensor | None = None

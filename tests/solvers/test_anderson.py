@@ -18,7 +18,8 @@ def test_every_memory_and_ridge_arrives(memory, ridge):
     A = drawn(8, 8, seed=0)
     A = A * 0.9 / A.abs().sum(1, keepdim=True)
     u = drawn(5, 8, seed=1)
-    solution = equilibrium(A, torch.eye(8, dtype=torch.float64), u, solver=Anderson(memory=memory, ridge=ridge, atol=1e-9))
+    solver = Anderson(memory=memory, ridge=ridge, atol=1e-9)
+    solution = equilibrium(A, torch.eye(8, dtype=torch.float64), u, solver=solver)
     assert bool(solution.converged.all())
     assert float(solution.residual.max()) <= 1e-9
 

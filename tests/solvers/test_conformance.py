@@ -74,7 +74,7 @@ def growing(n=10, batch=4, radius=2.0):
 
 def solved(A, u, solver, phi="relu", **options):
     # B = I, so that pre-activations are x A^T + u exactly, without the rounding of a product.
-    return equilibrium(A, torch.eye(u.shape[1], dtype=u.dtype), u, phi=phi, solver=solver, **options)
+    return equilibrium(A, torch.eye(u.shape[-1], dtype=u.dtype), u, phi=phi, solver=solver, **options)
 
 
 PHI = {"relu": torch.relu, "tanh": torch.tanh}
@@ -379,11 +379,11 @@ def test_a_start_that_is_not_finite_spoils_its_own_sample_only(iterative):
     assert len(caught) == (0 if bool(solution.converged.all()) else 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("max_steps", [4, 5, 9, 50, 300, 2000])
-def test_a_map_that_grows_ends_with_a_finite_best_iterate(iterative, max_steps, dtype):
+@pytest.mark.parametrize("max_steps", [5, 9, 40, 600])
+def test_a_map_that_grows_ends_with_a_finite_best_iterate(iterative, max_steps):
     A, u = growing()
-    A, u = A.to(dtype), u.to(dtype)
+    if max_steps == 600:
+        A, u = A.float(), u.float()  # 2^600 is beyond float32: iterates overflow on the way
     solution = solved(A, u, iterative.make(max_steps=max_steps), on_failure="ignore")
     assert not bool(solution.converged.any())
     assert bool(solution.x.isfinite().all())

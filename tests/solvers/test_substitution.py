@@ -76,8 +76,9 @@ def test_a_full_matrix_is_refused_with_advice():
 
 
 def test_an_activation_that_is_known_by_its_values_only_is_refused_with_advice():
+    A = StrictlyUpper(torch.zeros(3, 3))
     with pytest.raises(TypeError, match="componentwise activation"):
-        equilibrium(StrictlyUpper(torch.zeros(3, 3)), torch.eye(3), torch.ones(1, 3), phi=torch.sin, solver=BackSubstitution())
+        equilibrium(A, torch.eye(3), torch.ones(1, 3), phi=torch.sin, solver=BackSubstitution())
 
 
 def test_an_iteration_finds_the_same_state():

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from idl.linalg.operators import to_precise
+
 
 def l1_ball_threshold(magnitudes: Tensor, radius: float) -> Tensor:
     r"""Return for each row the :math:`\tau \ge 0` with :math:`\sum_j \max(m_j - \tau, 0) = \mathrm{radius}`.
@@ -38,11 +40,16 @@ def project_rows_l1(A: Tensor, radius: float) -> Tensor:
     Returns:
         The projected matrix; rows inside the ball are returned as they are, bit by bit.
     """
-    magnitudes = A.abs()
+    # In float64, since A - tau sign(A) cancels where the magnitudes are far above the radius.
+    precise = to_precise(A)
+    magnitudes = precise.abs()
     tau = l1_ball_threshold(magnitudes.detach(), radius)
     outside = tau > 0
     support = magnitudes > tau
     # tau again, now as a differentiable function of the row: (sum over the support - radius) / size of the support.
     sums = torch.where(support, magnitudes, 0).sum(1, keepdim=True)
     tau = torch.where(outside, (sums - radius) / support.sum(1, keepdim=True).clamp_min(1), 0)
-    return torch.where(outside, torch.where(support, A - tau * torch.sign(A), 0), A)
+    projected = torch.where(support, precise - tau * torch.sign(precise), 0).to(A.dtype)
+    # What rounding left outside the ball is taken back; a row that is not finite becomes NaN here.
+    reached = projected.detach().abs().sum(1, keepdim=True)
+    return torch.where(outside, projected * (radius / reached.clamp_min(radius * reached.gt(0))), A)

@@ -43,7 +43,7 @@ class AffineMap(ParametricMap):
         r"""Return :math:`v \mapsto \phi' \circ (vA + g)`: ``v`` is the cotangent of the pre-activation."""
         slope = self._slope(x, parameters)
         transposed = self.kind(*parameters[1:]).transpose()
-        return SlopedMap(type(transposed), order=1), (slope, slope * g, *transposed.tensors)
+        return SlopedMap(type(transposed), order=1.0), (slope, slope * g, *transposed.tensors)
 
     def pullback(
         self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
@@ -103,7 +103,7 @@ class SlopedMap(ParametricMap):
         r"""Return the map of :math:`v = d \circ \lambda` where :math:`\lambda = (d \circ \lambda) A + g`."""
         slope, _, *tensors = parameters
         transposed = self.kind(*tensors).transpose()
-        order = torch.inf if self.order == 1 else 1
+        order = torch.inf if self.order == 1 else 1.0
         return SlopedMap(type(transposed), order), (slope, slope * g, *transposed.tensors)
 
     def pullback(
@@ -233,7 +233,6 @@ class _SlopedProblem(_MatrixProblem):
     slope: Tensor
     source: Tensor
     order: float
-    linear = True
 
     def _apply_into(self, x: Tensor, out: Tensor) -> Tensor:
         return torch.addcmul(self.source, self.state_matrix.apply_into(x, out), self.slope, out=out)

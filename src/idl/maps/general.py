@@ -96,7 +96,7 @@ class LinearisedMap(ParametricMap):
             def product(v: Tensor) -> Tensor:
                 return pull(v)[0].detach()
 
-            return _GeneralProblem(lambda v: product(v) + source, 1, source, product)
+            return _GeneralProblem(lambda v: product(v) + source, 1.0, source, product)
 
         def push(v: Tensor) -> Tensor:
             return torch.func.jvp(lambda point: self.row_function(point, *rest), (x,), (v,))[1]
@@ -163,7 +163,7 @@ class _GeneralProblem(Problem):
         self.order = order
         self.source = source
         self.linear_product = linear_product
-        self.linear = self.newton_is_cheap = linear_product is not None
+        self.newton_is_cheap = linear_product is not None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)

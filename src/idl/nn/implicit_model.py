@@ -74,6 +74,8 @@ class ImplicitModel(nn.Module):
         self.rank = _checked_rank(low_rank, rank, self.hidden_dim)
         settings = {"mitr": mitr, "grad_mitr": grad_mitr, "tol": tol, "grad_tol": grad_tol}
         self.f = _built_function(f, settings, {"activation": activation, "kappa": kappa})
+        # A learnable activation is a part of the model: its parameters move, train and are saved with it.
+        self.phi = self.f.activation.phi if isinstance(self.f.activation.phi, nn.Module) else None
         n, p, q = self.hidden_dim, self.input_dim, self.output_dim
         if self.rank is None:
             self.A = nn.Parameter(torch.empty(n, n))
@@ -151,16 +153,16 @@ class ImplicitModel(nn.Module):
     def _output(self, x: Tensor, u: Tensor) -> Tensor:
         if self.D is None:
             return F.linear(x, self.C)
-        rows = u.reshape(-1, u.shape[-1])
+        rows = u.reshape(-1, self.input_dim)
         # A product with few columns takes half the time as the transpose of one with few rows.
-        direct = (self.D @ rows.T).T.reshape(*u.shape[:-1], -1) if u.dim() != 2 else (self.D @ u.T).T
+        direct = (self.D @ rows.T).T.reshape(*u.shape[:-1], self.output_dim) if u.dim() != 2 else (self.D @ u.T).T
         return F.linear(x, self.C) + direct
 
     def _flattened(self, u: Tensor) -> Tensor:
         p = self.input_dim
         if u.dim() > 0 and u.shape[-1] == p:
             return u
-        for first in range(u.dim() - 2, -1, -1):
+        for first in (*range(1, u.dim() - 1), 0):  # a batch of images before a single one
             if u.shape[first:].numel() == p:
                 return u.flatten(first)
         raise ValueError(
@@ -183,9 +185,7 @@ def _checked_rank(low_rank: bool, rank: int | None, hidden_dim: int) -> int | No
     return int(rank)
 
 
-def _built_function(
-    f: type[ImplicitFunction] | ImplicitFunction, settings: dict[str, Any], optional: dict[str, Any]
-) -> ImplicitFunction:
+def _built_function(f: object, settings: dict[str, Any], optional: dict[str, Any]) -> ImplicitFunction:
     given = {name: value for name, value in optional.items() if value is not None}
     changed = {name: value for name, value in settings.items() if value != _DEFAULTS[name]}
     if isinstance(f, ImplicitFunction):

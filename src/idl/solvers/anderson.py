@@ -92,7 +92,7 @@ class Anderson(AbstractFixedPointSolver):
             residual=residual,
             error=error,
             worst=largest_ratio(residual, state.tolerance),
-            excess=largest_ratio(torch.maximum(residual, error), state.tolerance),
+            excess=largest_ratio(error, state.tolerance),
             point=point,
             valid=valid,
         )

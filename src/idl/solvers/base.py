@@ -37,8 +37,6 @@ class Problem(ABC):
     Only the value of the map and its linearisation have to be written; the rest are better ways that a map may know.
     """
 
-    linear: bool = False
-    """Whether the map is affine in ``x``; its first image from zero then has the size of :meth:`scale`."""
     separable: bool = False
     """Whether each row is a problem of its own, so that finished rows can be left out."""
     newton_is_cheap: bool = False
@@ -117,7 +115,7 @@ class AbstractFixedPointSolver(ABC):
     sample and the choice of the best iterate are those of :func:`idl.solvers.iterate.iterate`.
 
     Args:
-        atol: Absolute tolerance on the last step and on the estimated error, in the problem's norm.
+        atol: Absolute tolerance on the estimated error, in the problem's norm.
         rtol: Tolerance relative to the problem's scale: the size of ``x``, or of the cotangent in an adjoint.
         max_steps: Most applications of the map, or of its linearisation.
 
@@ -169,7 +167,7 @@ class State(NamedTuple):
     worst: float
     """Largest ratio of a row's residual to its tolerance; not finite if some row is not."""
     excess: float
-    """The same of residual and error together: all rows are done once it is at most 1; ``inf`` without estimate."""
+    """Largest ratio of a row's error to its tolerance: all rows are done once it is at most 1."""
 
 
 def largest_ratio(sizes: Tensor, tolerance: Tensor) -> float:

@@ -23,9 +23,9 @@ class Iterate(NamedTuple):
 def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None, dtype: torch.dtype) -> Iterate:
     """Run ``solver`` from ``x`` until each row has converged or ``max_steps`` are spent.
 
-    A row has converged when its last step and its estimated error are within the tolerance, or its last step is down
-    at rounding. A row whose first images are not finite becomes NaN and costs no further step; a row that does not
-    converge gets the best iterate that it had.
+    A row has converged when its estimated error is within the tolerance, or its last step is down at rounding. A row
+    whose first images are not finite becomes NaN and costs no further step; a row that does not converge gets the
+    best iterate that it had.
 
     Args:
         solver: The method.
@@ -37,7 +37,8 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
     rows = len(state.x)
     best: _Best | None = None
     ended_rows: _EndedRows | None = None
-    before, first = math.inf, spent
+    before = math.inf
+    first = state.x
     while True:
         if state.excess <= 1:
             if ended_rows is None:
@@ -46,19 +47,21 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
             best = _Best(state.x, state.residual, torch.ones_like(state.residual, dtype=torch.bool))
             break
         # While every row is finite and the worst of them improves, the newest iterate is the best: nothing to note.
-        improves = state.worst < before or spent == first
+        improves = state.worst < before or state.worst == before == math.inf
         if best is not None or not improves or spent > _UNWATCHED or spent >= solver.max_steps:
-            best = _Best.first(state) if best is None else best.updated(problem, state, dtype)
+            best = _Best.begin(first, state) if best is None else best.updated(problem, state, dtype)
             ended = best.settled | best.residual.isnan()
             if spent >= solver.max_steps or bool(ended.all()):
                 break
             if problem.separable and 4 * int(ended.sum()) >= len(ended):  # from here on copying the rest out pays
                 ended_rows = ended_rows or _EndedRows(rows, best.x)
                 rest = ended_rows.take(ended, best, spent)
-                problem, best, state = problem.restrict(rest), _rows_of(best, rest), _rows_of(state, rest)
+                problem, first = problem.restrict(rest), first[rest]
+                best, state = _rows_of(best, rest), _rows_of(state, rest)
         before = state.worst
         state, cost = solver.step(problem, state, solver.max_steps - spent)
         spent += cost
+    best = best.not_worse_than(first, problem, dtype)
     if ended_rows is None:
         return Iterate(best.x.to(dtype), _filled(best.settled, spent), best.settled, bool(best.settled.all()))
     ended_rows.take(torch.ones_like(best.settled), best, spent)
@@ -74,11 +77,14 @@ class _Best(NamedTuple):
     settled: Tensor
 
     @staticmethod
-    def first(state: Any) -> "_Best":
-        """Return the present iterates; a row that is not finite from the start on is lost, and is NaN."""
-        lost = ~state.x.isfinite().all(1)
-        x = torch.where(lost[:, None], torch.nan, state.x)
-        return _Best(x, torch.where(lost, torch.nan, state.residual), _within_tolerance(state))
+    def begin(first: Tensor, state: Any) -> "_Best":
+        """Return the present iterates; a row whose first image was not finite is lost, and is NaN."""
+        lost, finite = ~first.isfinite().all(1), state.x.isfinite().all(1)
+        x = torch.where(finite[:, None], state.x, first)
+        residual = torch.where(finite, state.residual, torch.inf)
+        return _Best(
+            torch.where(lost[:, None], torch.nan, x), torch.where(lost, torch.nan, residual), _within_tolerance(state)
+        )
 
     def updated(self, problem: Problem, state: Any, dtype: torch.dtype) -> "_Best":
         """Return the better of these and the present iterates, row by row."""
@@ -93,13 +99,26 @@ class _Best(NamedTuple):
             self.settled | done,
         )
 
+    def not_worse_than(self, first: Tensor, problem: Problem, dtype: torch.dtype) -> "_Best":
+        """Return for each row that did not converge the better of its iterate and its first image.
+
+        Only here, where something has failed, is it worth two applications to know.
+        """
+        failed = ~self.settled & ~self.residual.isnan()
+        if not bool(failed.any()):
+            return self
+        x, first = self.x.to(dtype), first.to(dtype)
+        worse = ~(problem.distance(problem(x), x) <= problem.distance(problem(first), first))
+        return self._replace(x=torch.where((failed & worse)[:, None], first, x))
+
 
 def _filled(like: Tensor, steps: int) -> Tensor:
     return torch.full_like(like, steps, dtype=torch.int64)
 
 
 def _within_tolerance(state: Any) -> Tensor:
-    return (state.residual <= state.tolerance) & (state.error <= state.tolerance)
+    done: Tensor = state.error <= state.tolerance
+    return done
 
 
 def _rows_of(values: Any, rows: Tensor) -> Any:

@@ -72,10 +72,10 @@ class Newton(AbstractFixedPointSolver):
         point = torch.where(lost[:, None], state.best_x, state.point - correction)
         value, slope = problem.linearise(point)
         residual = problem.distance(value, point)
-        # The error shrinks as the residual does, along the direction in which both are large. A row without residual
-        # is solved and must not be sent away by rounding.
-        error = problem.norm(correction) * (residual / state.residual)
-        error = torch.where(state.residual > 0, torch.where(lost, torch.inf, error), 0)
+        # The correction was the error. What is left of it shrinks as the residual does, but for slow directions, which
+        # hardly show in a residual: no more than a tenfold gain is believed. A row without residual is solved.
+        error = problem.norm(correction) * (residual / state.residual).clamp_min(0.1)
+        error = torch.where(state.residual == 0, 0, torch.where(lost, torch.inf, error))
         better = residual < state.best_residual
         return NewtonState(
             value,
@@ -83,7 +83,7 @@ class Newton(AbstractFixedPointSolver):
             error,
             state.tolerance,
             largest_ratio(residual, state.tolerance),
-            largest_ratio(torch.maximum(residual, error), state.tolerance),
+            largest_ratio(error, state.tolerance),
             point,
             slope,
             torch.where(better[:, None], value, state.best_x),
@@ -95,7 +95,10 @@ class Newton(AbstractFixedPointSolver):
         if problem.solve_is_cheap:
             return problem.solve(slope, defect), 1
         correction, reduction, products = gcr(
-            lambda v: v - problem.product(slope, v), defect, rtol=_INNER_RTOL, max_steps=min(_INNER_STEPS, budget)
+            lambda v: v - problem.product(slope, v),
+            defect,
+            rtol=_INNER_RTOL,
+            max_steps=max(1, min(_INNER_STEPS, budget - 2)),
         )
         stalled = reduction > 0.5
         if problem.can_solve and bool(stalled.any()):

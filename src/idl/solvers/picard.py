@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from idl import checks
-from idl.solvers.base import AbstractFixedPointSolver, Problem, largest_ratio
+from idl.solvers.base import AbstractFixedPointSolver, Problem
 
 
 class PicardState(NamedTuple):
@@ -16,29 +16,24 @@ class PicardState(NamedTuple):
 
     x: Tensor
     residual: Tensor
+    error: Tensor
     tolerance: Tensor
     worst: float
     excess: float
-    left: float
-    """Error over last step, by the geometric series of the measured rate; ``inf`` before that is known."""
     remaining: float | None
     """Applications that the measured rate still needs; ``None`` before it is known, ``inf`` if the steps grow."""
     spent: int
     spare: Tensor | None
     """A buffer for the next burst."""
 
-    @property
-    def error(self) -> Tensor:
-        """The estimated error of each row."""
-        return self.residual * self.left
-
 
 @dataclass(frozen=True)
 class Picard(AbstractFixedPointSolver):
     r"""Iterate :math:`x \leftarrow (1-\alpha)\,x + \alpha f(x)`.
 
-    The distance between two tests is chosen from the contraction rate measured so far, since a test costs about a
-    third of a step on a CPU and a synchronisation on a GPU.
+    Steps come in bursts, and a test looks at the last two steps of one. Their ratio is the contraction of each row,
+    from which follow its error, by the geometric series (Aitken), and the length of the next burst. A test costs as
+    much as a step of a small problem on a CPU, and a synchronisation on a GPU.
 
     Args:
         atol, rtol, max_steps: See :class:`AbstractFixedPointSolver`.
@@ -54,64 +49,60 @@ class Picard(AbstractFixedPointSolver):
         super().__post_init__()
         checks.in_half_open_unit("damping", self.damping)
 
-    def init(self, problem: Problem, start: Tensor | None) -> tuple[PicardState, int]:
+    def init(self, problem: Problem, x: Tensor | None) -> tuple[PicardState, int]:
         """Apply the map once."""
-        x = problem.start(start)
+        x = problem.start(x)
         tolerance = self.tolerance(problem, x)
         unknown = torch.full_like(tolerance, math.inf)
-        # From zero a linear map's first step is its source, to which the tolerance is relative: known without a look.
-        worst = 1 / self.rtol if problem.linear and start is None and self.rtol else math.inf
-        return PicardState(x, unknown, tolerance, worst, math.inf, math.inf, None, 1, None), 1
+        return PicardState(x, unknown, unknown, tolerance, math.inf, math.inf, None, 1, None), 1
 
     def step(self, problem: Problem, state: PicardState, budget: int) -> tuple[PicardState, int]:
         """Apply the map as often as is expected to be needed, at most as often as until now, then test."""
-        if state.remaining is None:
-            steps = 3 if state.spent == 1 else 2  # a rate is seen after the second test
-        else:
-            steps = int(min(max(state.remaining, 1), max(state.spent, 4), 64))
+        steps = 2 if state.remaining is None else int(min(max(state.remaining, 1), max(state.spent, 4), 64))
         steps = min(steps, budget)
-        x, residual, spare = self._apply(problem, state, steps)
-        worst = largest_ratio(residual, state.tolerance)
-        rate = _rate(state, residual, worst, steps)
-        left = math.inf if rate is None or rate >= 1 else rate / (1 - rate)
-        # The steps of a linear map tell its error; those of another may hide a slow part, so they have to pass as well.
-        excess = worst * (left if problem.linear else max(1.0, left)) if worst else 0.0
-        remaining = None if rate is None else _steps_until_done(excess, rate)
+        x, before, residual, spare = self._burst(problem, state, steps)
+        # Where a step is no smaller than the one before it the error is unknown: infinite, in effect.
+        tiny = torch.finfo(residual.dtype).tiny
+        error = residual * (residual / (before - residual).clamp_min_(tiny))
+        ratios = torch.stack((before, residual, error)).div_(state.tolerance)
+        worst_before, worst, excess = _largest(ratios)
+        remaining = _steps_until_done(excess, worst / worst_before if worst_before else 0.0)
+        if not math.isfinite(worst):  # a lost sample must not slow the others down
+            worst_before, others_worst, others_excess = _largest(ratios[:, ratios[1].isfinite()])
+            remaining = _steps_until_done(others_excess, others_worst / worst_before if worst_before else 0.0)
         spent = state.spent + steps
-        return PicardState(x, residual, state.tolerance, worst, excess, left, remaining, spent, spare), steps
+        return PicardState(x, residual, error, state.tolerance, worst, excess, remaining, spent, spare), steps
 
-    def _apply(self, problem: Problem, state: PicardState, steps: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.damping == 1:
-            x, previous = problem.iterate(state.x, steps, state.spare)
-            if steps == 1:  # then the previous iterate is still somebody's
-                return x, problem.distance(x, previous), None
-            return x, problem.distance_over(x, previous), previous
-        x = state.x
-        for _ in range(steps):
-            image = problem(x)
-            residual = problem.distance(image, x)
-            x = torch.lerp(x, image, self.damping)
-        return x, residual, None
+    def _burst(self, problem: Problem, state: PicardState, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the new iterate, the sizes of the last two steps of each row, and a buffer that is free now."""
+        if self.damping < 1:
+            x, residual = state.x, state.residual
+            for _ in range(steps):
+                image = problem(x)
+                before, residual = residual, problem.distance(image, x)
+                x = torch.lerp(x, image, self.damping)
+            return x, before, residual, None
+        if steps == 1:  # the iterate before is still somebody's
+            x, _ = problem.iterate(state.x, 1, state.spare)
+            return x, state.residual, problem.distance(x, state.x), None
+        previous, older = problem.iterate(state.x, steps - 1, state.spare)
+        if older is state.x:
+            before, free = problem.distance(previous, older), None
+        else:
+            before, free = problem.distance_over(previous, older), older
+        x, _ = problem.iterate(previous, 1, free)
+        return x, before, problem.distance_over(x, previous), previous
 
 
-def _rate(state: PicardState, residual: Tensor, worst: float, steps: int) -> float | None:
-    """Return the contraction a step over the last ``steps`` steps, of the slowest row; ``None`` before it is known."""
-    before = state.worst
-    if worst == 0:
-        return 0.0
-    if before == math.inf and math.isfinite(worst):
-        return None
-    if not (math.isfinite(worst) and math.isfinite(before)):
-        finite = residual.isfinite() & state.residual.isfinite()  # a lost sample must not slow the others down
-        if not bool(finite.any()):
-            return None
-        worst = largest_ratio(residual[finite], state.tolerance[finite])
-        before = largest_ratio(state.residual[finite], state.tolerance[finite])
-    return float((worst / before) ** (1 / steps)) if before > 0 else 0.0
+def _largest(ratios: Tensor) -> list[float]:
+    return ratios.amax(1).tolist() if ratios.shape[1] else [0.0] * ratios.shape[0]
 
 
 def _steps_until_done(excess: float, rate: float) -> float:
-    """Return the steps after which the residual and the estimated error are within the tolerance."""
+    """Return the steps after which the estimated error is within the tolerance."""
     if rate >= 1 or not math.isfinite(excess):
         return math.inf
-    return float(max(1, math.ceil(math.log(excess) / -math.log(rate)))) if excess > 1 and rate > 0 else 1.0
+    if excess <= 1 or rate <= 0:
+        return 1.0
+    # A fifth of a step of margin: a burst that just misses costs a test and a step, one that is too long a step.
+    return float(math.ceil(math.log(excess) / -math.log(rate) + 0.2))

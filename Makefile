@@ -25,7 +25,7 @@ demo: $(STAMP)  ## train an implicit model on real data, offline, in under a min
 	$(VENV)/bin/idl demo $(ARGS)
 
 test: $(STAMP)  ## run the whole test suite, doctests included
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses auto $(ARGS)
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
 	$(VENV)/bin/ruff check .

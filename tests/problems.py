@@ -52,7 +52,10 @@ _SOLVERS = {
 }
 SOLVERS = {name: make(atol=SOLVE, max_steps=1000) for name, make in _SOLVERS.items()}
 ADJOINTS = {
-    **{f"implicit {name}": ImplicitAdjoint(make(atol=0.0, rtol=SOLVE, max_steps=1000)) for name, make in _SOLVERS.items()},
+    **{
+        f"implicit {name}": ImplicitAdjoint(make(atol=0.0, rtol=SOLVE, max_steps=1000))
+        for name, make in _SOLVERS.items()
+    },
     "unrolled": UnrolledAdjoint(35),
     "phantom": PhantomAdjoint(steps=3, damping=0.8),
 }
@@ -134,10 +137,12 @@ class Layer(torch.nn.Module):
         return torch.tanh(self.state(x) + self.input(u))
 
 
+_LAYER = Layer()
+
+
 def _module(A, B, u, bias, options):
     weights = {"state.weight": A, "input.weight": B, "input.bias": bias}
-    layer = Layer()
-    return fixed_point(lambda x, u: functional_call(layer, weights, (x, u)), torch.zeros(BATCH, N), u, **options).x
+    return fixed_point(lambda x, u: functional_call(_LAYER, weights, (x, u)), torch.zeros(BATCH, N), u, **options).x
 
 
 def _pytree(A, B, u, bias, options):
@@ -161,7 +166,9 @@ class Map(NamedTuple):
 MAPS = {
     **{name: Map(name, named(name)) for name in ("relu", "tanh", "softplus")},
     "silu": Map("silu", named("silu"), slope=1.0998395),
-    "softmax of a row": Map("softmax", affine(lambda **options: ImplicitFunction(activation=PlainSoftmax(), **options)), False),
+    "softmax of a row": Map(
+        "softmax", affine(lambda **options: ImplicitFunction(activation=PlainSoftmax(), **options)), False
+    ),
     "PReLU with its weight": Map(
         "prelu",
         affine(lambda weight, **options: ImplicitFunction(activation=lambda z: torch.prelu(z, weight), **options)),
@@ -255,7 +262,7 @@ class Case:
         """The answer."""
         return oracles.unrolled(self.plain, torch.zeros(BATCH, N), *self.tensors)
 
-    @property
+    @cached_property
     def cotangent(self):
         return random(BATCH, N, seed=5)
 

@@ -121,7 +121,5 @@ def test_the_command_line_is_also_a_module_and_imports_no_extra_before_it_runs()
     code = "import idl.cli, sys; print([name for name in idl.cli._EXTRAS if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() in ("[]", "['safetensors']")
-    result = subprocess.run(
-        [sys.executable, "-m", "idl", "--help"], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-m", "idl", "--help"], capture_output=True, text=True, check=True)
     assert "demo" in result.stdout

@@ -13,17 +13,19 @@ BELOW = {
     # room: the rooms of idl that its files may import, besides their own
     "errors": "",
     "checks": "errors",
+    "transforms": "",
     "activations": "errors checks",
-    "linalg": "errors checks",
+    "linalg": "errors checks transforms",
     "solvers": "errors checks activations linalg",
-    "wellposed": "errors checks activations linalg",
-    "maps": "errors checks activations linalg solvers.base",
-    "differentiation": "errors checks activations linalg solvers maps",
-    "equilibrium": "errors checks activations linalg solvers maps differentiation",
-    "functions": "errors checks activations linalg solvers maps differentiation equilibrium wellposed",
-    "nn": "errors checks activations linalg solvers maps differentiation equilibrium wellposed functions",
+    "wellposed": "errors checks transforms activations linalg",
+    "maps": "errors checks transforms activations linalg solvers.base",
+    "differentiation": "errors checks transforms activations linalg solvers maps",
+    "equilibrium": "errors checks transforms activations linalg solvers maps differentiation",
+    "functions": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed",
+    "nn": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed functions",
     "data": "errors",
-    "training": "errors checks activations linalg solvers maps differentiation equilibrium wellposed functions nn data",
+    "training": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed functions "
+    "nn data",
 }
 EVERYTHING = {"__init__", "__main__", "cli"}
 """The front doors: they may import every room, and no room may import them."""

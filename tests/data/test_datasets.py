@@ -78,18 +78,14 @@ def test_the_mnists_are_what_their_files_say(monkeypatch, server, encode, name, 
     rng = np.random.default_rng(0)
     arrays = {file: rng.integers(0, 10, shape, dtype=np.uint8) for file, shape in MNIST_FILES.items()}
     arrays["train-images-idx3-ubyte.gz"][0, 0, :2] = 0, 255
-    serve(
-        monkeypatch, server, source_name, {file: gzip.compress(encode.idx(a)) for file, a in arrays.items()}
-    )
+    serve(monkeypatch, server, source_name, {file: gzip.compress(encode.idx(a)) for file, a in arrays.items()})
 
     dataset = data.load(name)
     check(dataset, (1, 28, 28), (20, 10))
     assert dataset.name == name
     assert len(dataset.classes) == 10
     assert dataset.train_images[0, 0, 0, :2].tolist() == [0, 1]
-    for field, file in zip(
-        ("train_images", "train_labels", "test_images", "test_labels"), MNIST_FILES, strict=True
-    ):
+    for field, file in zip(("train_images", "train_labels", "test_images", "test_labels"), MNIST_FILES, strict=True):
         scale = 255 if "images" in field else 1
         got = (getattr(dataset, field).squeeze(1) if scale == 255 else getattr(dataset, field)) * scale
         np.testing.assert_allclose(got.numpy(), arrays[file], rtol=1e-6)
@@ -102,9 +98,7 @@ def test_cifar10_is_what_its_archive_says(monkeypatch, server, encode):
     images = rng.integers(0, 256, (6, 4, 3, 32, 32), dtype=np.uint8)
     labels = rng.integers(0, 10, (6, 4), dtype=np.uint8)
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
-    members = {
-        f"cifar-10-batches-bin/{name}": encode.cifar10(images[i], labels[i]) for i, name in enumerate(names)
-    }
+    members = {f"cifar-10-batches-bin/{name}": encode.cifar10(images[i], labels[i]) for i, name in enumerate(names)}
     members["cifar-10-batches-bin/readme.html"] = b"not read"
     serve(monkeypatch, server, "CIFAR10", {"cifar-10-binary.tar.gz": encode.tar_gz(members)})
 
@@ -113,9 +107,7 @@ def test_cifar10_is_what_its_archive_says(monkeypatch, server, encode):
     assert dataset.classes[3] == "cat"
     assert dataset.train_labels.tolist() == labels[:5].ravel().tolist()
     assert dataset.test_labels.tolist() == labels[5].tolist()
-    np.testing.assert_allclose(
-        dataset.train_images.numpy() * 255, images[:5].reshape(20, 3, 32, 32), rtol=1e-6
-    )
+    np.testing.assert_allclose(dataset.train_images.numpy() * 255, images[:5].reshape(20, 3, 32, 32), rtol=1e-6)
     np.testing.assert_allclose(dataset.test_images.numpy() * 255, images[5], rtol=1e-6)
 
 
@@ -135,9 +127,7 @@ def test_fashion_mnist_of_the_package_is_the_official_data_set():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match=r"one of 'digits', 'fashion-mnist', 'mnist', 'cifar10'; got 'cifar100'"
-    ):
+    with pytest.raises(ValueError, match=r"one of 'digits', 'fashion-mnist', 'mnist', 'cifar10'; got 'cifar100'"):
         data.load("cifar100")
 
 

@@ -104,9 +104,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(tmp_path, run):
     assert run("--out", tmp_path / "run", "--seed=1", "--fresh").exit_code == 0
 
 
-@pytest.mark.parametrize(
-    "options", [("--rank=2",), ("--low-rank",), ("--device=abacus",), ("--dataset=letters",)]
-)
+@pytest.mark.parametrize("options", [("--rank=2",), ("--low-rank",), ("--device=abacus",), ("--dataset=letters",)])
 def test_options_that_make_no_sense_are_a_usage_error(tmp_path, run, options):
     result = run("--out", tmp_path / "run", *options)
     assert result.exit_code == 2

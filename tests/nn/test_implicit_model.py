@@ -185,7 +185,7 @@ def test_an_output_has_the_batch_shape_of_its_input(batch):
     torch.testing.assert_close(y, expected_output(model, u), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (1, 3, 4), (3, 2, 2), (1, 1, 12), (12, 1), (2, 6, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4), (1, 3, 4), (3, 2, 2), (12, 1), (2, 6, 1)], ids=str)
 @pytest.mark.parametrize("batch", [1, 5, 0])
 def test_a_batch_of_images_gives_one_prediction_an_image(batch, shape):
     model = small()

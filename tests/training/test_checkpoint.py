@@ -17,9 +17,7 @@ def trained(hidden_dim=3):
 def checkpoint(tmp_path):
     model, optimizer = trained()
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(
-        path, model=model, optimizer=optimizer, settings={"seed": 0}, position={"loss": 0.1 + 0.2}
-    )
+    save_checkpoint(path, model=model, optimizer=optimizer, settings={"seed": 0}, position={"loss": 0.1 + 0.2})
     return path
 
 

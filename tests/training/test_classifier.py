@@ -70,9 +70,7 @@ def test_a_run_stopped_after_every_step_ends_at_the_same_history(tmp_path):
     for _ in range(2 * STEPS_PER_EPOCH - 1):
         with pytest.raises(KeyboardInterrupt):
             fit(model(), tmp_path / "parts.safetensors", recipe, should_stop=lambda: True)
-    assert (
-        fit(model(), tmp_path / "parts.safetensors", recipe, should_stop=lambda: True).epochs == whole.epochs
-    )
+    assert fit(model(), tmp_path / "parts.safetensors", recipe, should_stop=lambda: True).epochs == whole.epochs
 
 
 def test_a_finished_run_gives_its_history_without_training(tmp_path):
@@ -117,9 +115,7 @@ def test_another_setting_is_refused_by_name_and_changes_nothing(tmp_path):
     fit(model(), checkpoint, settings={"dataset": "digits"})
     network = model(seed=4)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    with pytest.raises(
-        CheckpointError, match=r'dataset \("digits" there, "mnist" here\), seed \(0 there, 1 here\)'
-    ):
+    with pytest.raises(CheckpointError, match=r'dataset \("digits" there, "mnist" here\), seed \(0 there, 1 here\)'):
         fit(network, checkpoint, replace(RECIPE, seed=1), settings={"dataset": "mnist"})
     assert_bitwise_equal(dict(network.state_dict()), before)
 

@@ -5,9 +5,7 @@ from idl.training import picard_residuals, report_equilibrium
 
 
 def test_residuals_of_a_linear_map_shrink_by_its_factor():
-    residuals = picard_residuals(
-        lambda x: 0.5 * x + 1, torch.zeros(3, 2, dtype=torch.float64), tol=1e-6, max_steps=99
-    )
+    residuals = picard_residuals(lambda x: 0.5 * x + 1, torch.zeros(3, 2, dtype=torch.float64), tol=1e-6, max_steps=99)
     expected = 0.5 ** torch.arange(21, dtype=torch.float64)  # 2**-20 is the first below 1e-6
     torch.testing.assert_close(residuals, expected.unsqueeze(1).expand(21, 3))
 

@@ -14,6 +14,7 @@ from idl.maps.base import Parameters, ParametricMap, front
 from idl.solvers.adaptive import Adaptive
 from idl.solvers.base import AbstractFixedPointSolver
 from idl.solvers.iterate import iterate
+from idl.transforms import transforms_are_active
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class _FixedPoint(torch.autograd.Function):
         result = iterate(call.solver, problem, x0, dtype)
         call.report(result, call.solver, problem, call.subject)
         x = result.x
-        if any(x is p for p in parameters):  # a source that is its own fixed point; autograd wants outputs of their own
+        if any(x is given for given in (x0, *parameters)):  # solved by itself; autograd wants outputs of their own
             x = x.view_as(x)
         return x, result.steps, result.converged
 
@@ -112,7 +113,7 @@ class _FixedPoint(torch.autograd.Function):
             parametric, values = call.parametric.adjoint(x, parameters, g)
             adjoint = call.derivative(parametric, "adjoint")
             # An ordinary backward is differentiated no further, and a node of autograd's costs as much as two products.
-            if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            if torch.is_grad_enabled() or transforms_are_active():
                 v = _applied(adjoint, None, values)[0]
             else:
                 v = _FixedPoint.forward(adjoint, None, *values)[0]

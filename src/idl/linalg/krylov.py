@@ -24,12 +24,15 @@ def gcr(apply: Callable[[Tensor], Tensor], rhs: Tensor, *, rtol: float, max_step
     rows, n = rhs.shape
     directions = rhs.new_empty(rows, max_steps, n)
     images = rhs.new_empty(rows, max_steps, n)
-    v, residual = torch.zeros_like(rhs), rhs
     tiny = torch.finfo(rhs.dtype).tiny
-    start = torch.linalg.vector_norm(rhs, dim=1).clamp_min(tiny)
+    # Right-hand sides and directions are brought to a size of about 1: their squares must not underflow.
+    size = rhs.abs().amax(1, keepdim=True).clamp_min(tiny)
+    v, residual = torch.zeros_like(rhs), rhs / size
+    start = torch.linalg.vector_norm(residual, dim=1).clamp_min(tiny)
     reduction = torch.ones_like(start)
     for k in range(max_steps):
-        p, q = residual, apply(residual)
+        p = residual / residual.abs().amax(1, keepdim=True).clamp_min(tiny)
+        q = apply(p)
         if k:
             overlap = torch.bmm(images[:, :k], q[:, :, None]).transpose(1, 2)
             q = q - torch.bmm(overlap, images[:, :k])[:, 0]
@@ -43,4 +46,4 @@ def gcr(apply: Callable[[Tensor], Tensor], rhs: Tensor, *, rtol: float, max_step
         reduction = torch.linalg.vector_norm(residual, dim=1) / start
         if not bool((reduction > rtol).any()):  # a NaN row is no reason to go on
             break
-    return v, reduction, k + 1
+    return v * size, reduction, k + 1

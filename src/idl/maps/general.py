@@ -8,6 +8,7 @@ from torch import Tensor
 
 from idl.maps.base import Parameters, ParametricMap, front
 from idl.solvers.base import Problem
+from idl.transforms import transforms_are_active
 
 RowFunction = Callable[..., Tensor]
 """``f(x, *parameters)`` on ``x`` of shape ``(rows, n)``; depends on nothing else that has a gradient."""
@@ -35,17 +36,22 @@ class GeneralMap(ParametricMap):
         self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         """Return the cotangents of the parameters that are wanted."""
-        chosen = [p for p, w in zip(parameters, wanted, strict=True) if w]
+        chosen = [i for i, w in enumerate(wanted) if w]
+        # torch 2.13 fails on an internal assertion where vmap maps over some of several primals of a vjp in a backward.
+        groups = [[i] for i in chosen] if transforms_are_active() else [chosen]
+        cotangents: list[Tensor | None] = [None] * len(parameters)
+        for group in groups if chosen else []:
 
-        def of_chosen(*values: Tensor) -> Tensor:
-            supply = iter(values)
-            return self.row_function(x, *(next(supply) if w else p for p, w in zip(parameters, wanted, strict=True)))
+            def of_group(*values: Tensor, group: list[int] = group) -> Tensor:
+                arguments = list(parameters)
+                for i, value in zip(group, values, strict=True):
+                    arguments[i] = value
+                return self.row_function(x, *arguments)
 
-        if not chosen:
-            return [None] * len(parameters)
-        _, pull, *_ = torch.func.vjp(of_chosen, *chosen)
-        cotangents = iter(pull(v))
-        return [next(cotangents) if w else None for w in wanted]
+            _, pull, *_ = torch.func.vjp(of_group, *(parameters[i] for i in group))
+            for i, cotangent in zip(group, pull(v), strict=True):
+                cotangents[i] = cotangent
+        return cotangents
 
     def tangent(
         self, x: Tensor, parameters: Parameters, tangents: Sequence[Tensor | None]

@@ -61,7 +61,9 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
         before = state.worst
         state, cost = solver.step(problem, state, solver.max_steps - spent)
         spent += cost
-    best = best.not_worse_than(first, problem, dtype)
+    if not bool((best.settled | best.residual.isnan()).all()):
+        x = x if x is None or ended_rows is None else x[ended_rows.running]
+        best = best.not_worse_than(problem.start(x), problem, dtype)
     if ended_rows is None:
         return Iterate(best.x.to(dtype), _filled(best.settled, spent), best.settled, bool(best.settled.all()))
     ended_rows.take(torch.ones_like(best.settled), best, spent)
@@ -91,8 +93,9 @@ class _Best(NamedTuple):
         floor = rounding_floor(problem, state.x, dtype)
         # A state held in higher precision is worth going on with: its error, not its step, must reach the floor.
         at_floor = (state.residual if state.x.dtype == dtype else state.error) <= floor
-        done = _within_tolerance(state) | at_floor
-        better = (state.residual <= self.residual) | (done & ~self.settled)
+        finite = state.residual.isfinite()  # what overflowed is neither good nor done
+        done = (_within_tolerance(state) | at_floor) & finite
+        better = finite & (state.residual <= self.residual) | (done & ~self.settled)
         return _Best(
             torch.where(better[:, None], state.x, self.x),
             torch.where(better, state.residual, self.residual),
@@ -102,12 +105,11 @@ class _Best(NamedTuple):
     def not_worse_than(self, first: Tensor, problem: Problem, dtype: torch.dtype) -> "_Best":
         """Return for each row that did not converge the better of its iterate and its first image.
 
-        Only here, where something has failed, is it worth two applications to know.
+        A map that grows may have left that behind before anybody looked. Only now, since something has failed, is it
+        worth two applications to know.
         """
         failed = ~self.settled & ~self.residual.isnan()
-        if not bool(failed.any()):
-            return self
-        x, first = self.x.to(dtype), first.to(dtype)
+        x = self.x.to(dtype)
         worse = ~(problem.distance(problem(x), x) <= problem.distance(problem(first), first))
         return self._replace(x=torch.where((failed & worse)[:, None], first, x))
 

@@ -68,7 +68,7 @@ class Newton(AbstractFixedPointSolver):
         """Take one Newton step, all rows at once."""
         defect = (state.point - state.x).to(state.slope.dtype)
         correction, spent = self._solve(problem, state.slope, defect, budget)
-        lost = (state.stale >= _STALE_STEPS) & (state.residual > 0)
+        lost = (state.stale >= _STALE_STEPS) & (state.residual > 0) | ~state.residual.isfinite()
         point = torch.where(lost[:, None], state.best_x, state.point - correction)
         value, slope = problem.linearise(point)
         residual = problem.distance(value, point)

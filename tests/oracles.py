@@ -66,7 +66,7 @@ def implicit_gradient(f, x, tensors, cotangent):
 
 
 def neumann_gradient(f, x, tensors, cotangent, steps, damping):
-    r"""Return what ``steps`` damped applications at ``x`` give: :math:`\alpha\sum_{k<steps}(\alpha J+(1-\alpha)I)^k`."""
+    r"""Return what ``steps`` damped steps at ``x`` give: :math:`\alpha\sum_{k<steps}(\alpha J+(1-\alpha)I)^k`."""
     J = _jacobian(f, x, tensors)
     M = damping * J + (1 - damping) * torch.eye(len(J))
     series = damping * sum(torch.linalg.matrix_power(M, k) for k in range(steps))
@@ -80,7 +80,7 @@ def finite_difference(function, tensors, directions, eps):
 
 
 def stiff_equilibrium(A, z0):
-    """Return the ReLU equilibrium of a non-negative ``A`` with row sums below 1: Newton in float64 until it is exact."""
+    """Return the ReLU equilibrium of a non-negative ``A`` with row sums below 1: Newton in float64, until exact."""
     x = torch.zeros_like(z0)
     for _ in range(100):
         slope = (x @ A.T + z0 > 0).double()

@@ -1,6 +1,6 @@
 """Named problems with known answers, all seeded and in float64.
 
-The table of the gradient contract is made of four axes; a :class:`Case` is one choice of each and everything that a test
+The table of the gradient contract has four axes; a :class:`Case` is one choice of each and everything that a test
 needs: its tensors, the library's function of them, and the plain map whose fixed point is the answer.
 """
 
@@ -117,17 +117,6 @@ def general(find):
     return solve
 
 
-def _closure(A, B, u, bias, options):
-    return fixed_point(lambda x: torch.tanh(x @ A.T + u @ B.T + bias), torch.zeros(BATCH, N), **options).x
-
-
-def _parameters(A, B, u, bias, options):
-    def f(x, matrices, u, bias):
-        return torch.tanh(x @ matrices["A"].T + u @ matrices["B"].T + bias)
-
-    return fixed_point(f, torch.zeros(BATCH, N), {"A": A, "B": B}, u, bias, **options).x
-
-
 class Layer(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -140,17 +129,18 @@ class Layer(torch.nn.Module):
 _LAYER = Layer()
 
 
-def _module(A, B, u, bias, options):
+def _closure(A, B, u, bias, options):
     weights = {"state.weight": A, "input.weight": B, "input.bias": bias}
-    return fixed_point(lambda x, u: functional_call(_LAYER, weights, (x, u)), torch.zeros(BATCH, N), u, **options).x
+    return fixed_point(lambda x: functional_call(_LAYER, weights, (x, u)), torch.zeros(BATCH, N), **options).x
 
 
-def _pytree(A, B, u, bias, options):
-    def f(state):
-        z = torch.cat([state["first"], *state["rest"]], 1) @ A.T + u @ B.T + bias
+def _parameters(A, B, u, bias, options):
+    def f(state, matrices, u, bias):
+        z = torch.cat([state["first"], *state["rest"]], 1) @ matrices["A"].T + u @ matrices["B"].T + bias
         return {"first": torch.tanh(z[:, :1]), "rest": (torch.tanh(z[:, 1:]),)}
 
-    x = fixed_point(f, {"first": torch.zeros(BATCH, 1), "rest": (torch.zeros(BATCH, N - 1),)}, **options).x
+    x0 = {"first": torch.zeros(BATCH, 1), "rest": (torch.zeros(BATCH, N - 1),)}
+    x = fixed_point(f, x0, {"A": A, "B": B}, u, bias, **options).x
     return torch.cat([x["first"], *x["rest"]], 1)
 
 
@@ -177,10 +167,8 @@ MAPS = {
     ),
     "own phi": Map("atan", affine(Atan), False),
     "own phi and dphi": Map("atan", affine(AtanWithSlope)),
-    "closure": Map("tanh", general(_closure), False),
-    "explicit parameters": Map("tanh", general(_parameters), False),
-    "module": Map("tanh", general(_module), False),
-    "pytree state": Map("tanh", general(_pytree), False),
+    "closure of a module and an input": Map("tanh", general(_closure), False),
+    "parameters and state in nests": Map("tanh", general(_parameters), False),
 }
 
 

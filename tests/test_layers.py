@@ -24,8 +24,8 @@ BELOW = {
     "functions": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed",
     "nn": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed functions",
     "data": "errors",
-    "training": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed functions "
-    "nn data",
+    "training": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed "
+    "functions nn data",
 }
 EVERYTHING = {"__init__", "__main__", "cli"}
 """The front doors: they may import every room, and no room may import them."""

@@ -61,14 +61,14 @@ def _jacobian(f, x, tensors):
 def implicit_gradient(f, x, tensors, cotangent):
     """Return the gradients of ``sum(cotangent * x)`` at a fixed point ``x``, by one dense solve with ``I - J^T``."""
     J = _jacobian(f, x, tensors)
-    costate = torch.linalg.solve((torch.eye(len(J)) - J).T, cotangent.flatten())
+    costate = torch.linalg.solve((torch.eye(len(J), dtype=J.dtype) - J).T, cotangent.flatten())
     return _pulled_back(f, x, tensors, costate.reshape(x.shape))
 
 
 def neumann_gradient(f, x, tensors, cotangent, steps, damping):
     r"""Return what ``steps`` damped steps at ``x`` give: :math:`\alpha\sum_{k<steps}(\alpha J+(1-\alpha)I)^k`."""
     J = _jacobian(f, x, tensors)
-    M = damping * J + (1 - damping) * torch.eye(len(J))
+    M = damping * J + (1 - damping) * torch.eye(len(J), dtype=J.dtype)
     series = damping * sum(torch.linalg.matrix_power(M, k) for k in range(steps))
     return _pulled_back(f, x, tensors, (series.T @ cotangent.flatten()).reshape(x.shape))
 
@@ -84,7 +84,7 @@ def stiff_equilibrium(A, z0):
     x = torch.zeros_like(z0)
     for _ in range(100):
         slope = (x @ A.T + z0 > 0).double()
-        systems = torch.eye(len(A)) - slope[:, :, None] * A
+        systems = torch.eye(len(A), dtype=A.dtype) - slope[:, :, None] * A
         x, last = torch.linalg.solve(systems, (slope * z0)[:, :, None])[:, :, 0], x
         if torch.equal(x, last):
             return x

@@ -1,7 +1,7 @@
 """Named problems with known answers, all seeded and in float64.
 
-The table of the gradient contract has four axes; a :class:`Case` is one choice of each and everything that a test
-needs: its tensors, the library's function of them, and the plain map whose fixed point is the answer.
+The table of the gradient contract has four axes, and a fifth that says what vmap maps over; a :class:`Case` is one
+choice of each and everything that a test needs: its tensors, the library's function of them, and the plain map whose fixed point is the answer.
 """
 
 import itertools
@@ -131,7 +131,9 @@ _LAYER = Layer()
 
 def _closure(A, B, u, bias, options):
     weights = {"state.weight": A, "input.weight": B, "input.bias": bias}
-    return fixed_point(lambda x: functional_call(_LAYER, weights, (x, u)), torch.zeros(BATCH, N), **options).x
+    return fixed_point(
+        lambda x: functional_call(_LAYER, weights, (x, u)), torch.zeros(BATCH, N, dtype=A.dtype), **options
+    ).x
 
 
 def _parameters(A, B, u, bias, options):
@@ -139,7 +141,7 @@ def _parameters(A, B, u, bias, options):
         z = torch.cat([state["first"], *state["rest"]], 1) @ matrices["A"].T + u @ matrices["B"].T + bias
         return {"first": torch.tanh(z[:, :1]), "rest": (torch.tanh(z[:, 1:]),)}
 
-    x0 = {"first": torch.zeros(BATCH, 1), "rest": (torch.zeros(BATCH, N - 1),)}
+    x0 = {"first": torch.zeros(BATCH, 1, dtype=A.dtype), "rest": (torch.zeros(BATCH, N - 1, dtype=A.dtype),)}
     x = fixed_point(f, x0, {"A": A, "B": B}, u, bias, **options).x
     return torch.cat([x["first"], *x["rest"]], 1)
 
@@ -186,6 +188,7 @@ class Case:
     adjoint_name: str
     constraint_name: str
     map_name: str
+    mapped: str
 
     def __str__(self):
         return f"{self.solver_name} | {self.adjoint_name} | {self.constraint_name} | {self.map_name}"
@@ -275,6 +278,17 @@ class Case:
         others = [random(N, P, seed=seed + 2), random(BATCH, P, seed=seed + 3), 0.3 * random(N, seed=seed + 4)]
         return [*state, *others, *(torch.tensor(w) for w in self.map.weights)]
 
+    @property
+    def mapped_tensors(self):
+        """Positions of the tensors that vmap maps over."""
+        states = 2 if self.constraint.low_rank else 1
+        return {"inputs": [states + 1], "state matrix": range(states), "everything": range(len(self.tensors))}[
+            self.mapped
+        ]
+
+
+MAPPED = ["inputs", "state matrix", "everything"]
+
 
 def every_pair(*axes, possible):
     """Return few combinations among which any two choices of two axes meet, if a possible combination has both."""
@@ -293,4 +307,6 @@ def every_pair(*axes, possible):
     return chosen
 
 
-CASES = [Case(*c) for c in every_pair(SOLVERS, ADJOINTS, CONSTRAINTS, MAPS, possible=lambda c: Case(*c).possible)]
+CASES = [
+    Case(*c) for c in every_pair(SOLVERS, ADJOINTS, CONSTRAINTS, MAPS, MAPPED, possible=lambda c: Case(*c).possible)
+]

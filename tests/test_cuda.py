@@ -32,7 +32,7 @@ def test_a_model_gives_on_the_gpu_what_it_gives_on_the_cpu(options):
 
 
 def test_a_model_on_the_gpu_refuses_an_input_on_the_cpu():
-    with pytest.raises(ValueError, match="`u` is on cpu|cuda"):
+    with pytest.raises(ValueError, match=r"is on cuda"):
         ImplicitModel(20, 8, 3).cuda()(torch.rand(4, 8))
 
 

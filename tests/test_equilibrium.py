@@ -49,7 +49,9 @@ def test_a_linear_equilibrium_has_its_closed_form():
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("phi", ["relu", "tanh", torch.sin, lambda z: torch.softmax(z, -1)], ids=str)
+@pytest.mark.parametrize(
+    "phi", ["relu", "tanh", torch.sin, lambda z: torch.softmax(z, -1)], ids=["relu", "tanh", "sin", "softmax"]
+)
 @pytest.mark.parametrize("batch", [(), (1,), (5,), (2, 3), (0,)], ids=str)
 def test_the_solution_satisfies_the_equation(phi, batch):
     A, B, u = problem(batch=batch)

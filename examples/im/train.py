@@ -98,9 +98,7 @@ def train(settings: Settings, out: Path, console: Console, fresh: bool = False) 
     if settings.training_images is not None:
         train_data = Labelled(*(tensor[: settings.training_images] for tensor in train_data))
         test_data = Labelled(*(tensor[: settings.training_images] for tensor in test_data))
-    train_data, test_data = (
-        Labelled(*(t.to(settings.device) for t in part)) for part in (train_data, test_data)
-    )
+    train_data, test_data = (Labelled(*(t.to(settings.device) for t in part)) for part in (train_data, test_data))
 
     # 3. The model. The seed decides its initial weights here, and the order of the samples in the recipe.
     torch.manual_seed(settings.seed)

@@ -14,7 +14,7 @@ from idl.activations import Activation
 from idl.differentiation.base import AbstractAdjoint, FailureReport, OnFailure
 from idl.differentiation.implicit import ImplicitAdjoint, without_autocast
 from idl.linalg.norms import inf_norm
-from idl.linalg.operators import Dense, StateMatrix
+from idl.linalg.operators import Dense, StateMatrix, StrictlyUpper
 from idl.maps.affine import AffineMap
 from idl.maps.base import Parameters, ParametricMap
 from idl.maps.closure import captured_tensors, with_captured
@@ -73,6 +73,7 @@ def equilibrium(
         tensor([[2.0000]])
     """
     _check_methods(solver, adjoint)
+    check_tensors(A.tensors[0] if isinstance(A, StateMatrix) else A, B, u, bias, x0)
     return eagerly(lambda: attempt(A, B, u, bias, activations.resolve(phi), x0, solver, adjoint, on_failure).measured())
 
 
@@ -203,12 +204,15 @@ def attempt(
     start = None if x0 is None else x0.to(precision).expand(Z.shape).reshape(rows.shape)
     parametric: ParametricMap
     parameters: Parameters
-    if phi.derivative is not None:
+    learned = [] if phi in activations.BY_NAME.values() else captured_tensors(phi, (rows.to(u.dtype),))[0]
+    if phi.derivative is not None and not any(tensor.requires_grad for tensor in learned):
         parametric, parameters = AffineMap(type(state_matrix), phi), (rows, *tensors)
-    else:
-        captured, _ = captured_tensors(phi, (rows,))
-        parametric = GeneralMap(_composed(type(state_matrix), phi, len(tensors), captured))
-        parameters = (rows, *tensors, *captured)
+    else:  # autograd has to see all of phi: its derivative, or what it has learned
+        triangular = isinstance(state_matrix, StrictlyUpper)
+        parametric = GeneralMap(
+            _composed(type(state_matrix), phi, len(tensors), learned), state_matrix.dim if triangular else None
+        )
+        parameters = (rows, *tensors, *(t.to(precision) if t.is_floating_point() else t for t in learned))
         start = torch.zeros_like(rows) if start is None else start
     report = FailureReport(on_failure, lambda: _advice(state_matrix))
     with without_autocast(Z.device):
@@ -250,14 +254,19 @@ def _check_methods(solver: object, adjoint: object) -> None:
     checks.instance("adjoint", adjoint, AbstractAdjoint, "Try ImplicitAdjoint().")
 
 
+def check_tensors(A: object, B: object, u: object, bias: object, x0: object) -> None:
+    """Check that all that is there is a tensor of floating-point numbers, on one device and of one dtype."""
+    named = {"A": A, "B": B, "u": u, "bias": bias, "x0": x0}
+    checks.same_device_and_dtype(
+        {
+            name: checks.floating_tensor(name, value)
+            for name, value in named.items()
+            if value is not None or name in "ABu"
+        }
+    )
+
+
 def _check_shapes(state_matrix: StateMatrix, B: Tensor, u: Tensor, bias: Tensor | None, x0: Tensor | None) -> None:
-    named = {"A": state_matrix.tensors[0], "B": B, "u": u}
-    if bias is not None:
-        named["bias"] = bias
-    if x0 is not None:
-        named["x0"] = x0
-    for name, tensor in named.items():
-        checks.floating_tensor(name, tensor)
     n = state_matrix.dim
     if B.dim() != 2 or B.shape[0] != n:
         raise ValueError(f"`B` must have shape ({n}, p) because A is {n} x {n}; got {tuple(B.shape)}.")
@@ -270,7 +279,6 @@ def _check_shapes(state_matrix: StateMatrix, B: Tensor, u: Tensor, bias: Tensor 
         raise ValueError(f"`bias` must have shape ({n},); got {tuple(bias.shape)}.")
     if x0 is not None and not _broadcasts(x0.shape, (*u.shape[:-1], n)):
         raise ValueError(f"`x0` must have shape {(*u.shape[:-1], n)}, one start a sample; got {tuple(x0.shape)}.")
-    checks.same_device_and_dtype(named)
 
 
 def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from idl import activations, checks
 from idl.activations import Activation
 from idl.differentiation.base import AbstractAdjoint, OnFailure
 from idl.differentiation.implicit import ImplicitAdjoint
-from idl.equilibrium import Attempt, attempt, eagerly
+from idl.equilibrium import Attempt, attempt, check_tensors, eagerly
 from idl.linalg.operators import StateMatrix
 from idl.solvers.adaptive import Adaptive
 from idl.solvers.base import AbstractFixedPointSolver, Solution
@@ -78,17 +79,10 @@ class ImplicitFunction:
         return self.activation.derivative(z)
 
     def state_matrix(self, A: StateParameters) -> StateMatrix:
-        """Return the admissible state matrix of the free parameter ``A``."""
-        lipschitz = 1.0 if self.activation.lipschitz is None else self.activation.lipschitz
-        if not isinstance(A, tuple):
-            return self.constraint.admit(checks.square_matrix("A", A), lipschitz)
-        if len(A) != 2:
-            raise ValueError(f"`A` must be a matrix or a pair of factors (L, R); got {len(A)} tensors.")
-        left, right = (checks.floating_tensor("A", factor) for factor in A)
-        if left.dim() != 2 or left.shape != right.shape:
-            shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
-            raise ValueError(f"`A` as factors (L, R) of L R^T must have two of the same shape (n, r); got {shapes}.")
-        return self.constraint.admit_factors(left, right, lipschitz)
+        """Return the admissible state matrix of the free parameter ``A``, in its dtype."""
+        admitted = self._admitted(A)
+        dtype = (A[0] if isinstance(A, tuple) else A).dtype
+        return type(admitted)(*(tensor.to(dtype) for tensor in admitted.tensors))
 
     def __call__(
         self, A: StateParameters, B: Tensor, u: Tensor, *, bias: Tensor | None = None, x0: Tensor | None = None
@@ -120,9 +114,25 @@ class ImplicitFunction:
         return f"{type(self).__name__}({', '.join(map(repr, parts))})"
 
     def _attempt(self, A: StateParameters, B: Tensor, u: Tensor, bias: Tensor | None, x0: Tensor | None) -> Attempt:
-        return attempt(
-            self.state_matrix(A), B, u, bias, self.activation, x0, self.solver, self.adjoint, self.on_failure
-        )
+        # Before the constraint, which would fail on them with less to say.
+        first = A[0] if isinstance(A, tuple) and A else A
+        check_tensors(first, B, u, bias, x0)
+        found = attempt(self._admitted(A), B, u, bias, self.activation, x0, self.solver, self.adjoint, self.on_failure)
+        dtype = torch.promote_types(first.dtype, u.dtype)
+        return found if found.x.dtype == dtype else found._replace(x=found.x.to(dtype))
+
+    def _admitted(self, A: StateParameters) -> StateMatrix:
+        """Return the admissible state matrix, in float32 where half precision would hold a row's bound to two digits."""
+        lipschitz = 1.0 if self.activation.lipschitz is None else self.activation.lipschitz
+        if not isinstance(A, tuple):
+            return self.constraint.admit(_widened(checks.square_matrix("A", A)), lipschitz)
+        if len(A) != 2:
+            raise ValueError(f"`A` must be a matrix or a pair of factors (L, R); got {len(A)} tensors.")
+        left, right = (checks.floating_tensor("A", factor) for factor in A)
+        if left.dim() != 2 or left.shape != right.shape:
+            shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
+            raise ValueError(f"`A` as factors (L, R) of L R^T must have two of the same shape (n, r); got {shapes}.")
+        return self.constraint.admit_factors(_widened(left), _widened(right), lipschitz)
 
     def _own_activation(self, activation: str | Activation | Callable[[Tensor], Tensor] | None) -> Activation:
         overridden = type(self).phi is not ImplicitFunction.phi
@@ -134,6 +144,10 @@ class ImplicitFunction:
             )
         derivative = self.dphi if type(self).dphi is not ImplicitFunction.dphi else None
         return Activation(self.phi, derivative, name=f"{type(self).__name__}.phi")
+
+
+def _widened(A: Tensor) -> Tensor:
+    return A if A.dtype in (torch.float32, torch.float64) else A.float()
 
 
 class ImplicitFunctionInf(ImplicitFunction):

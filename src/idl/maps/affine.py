@@ -222,7 +222,7 @@ class _AffineProblem(_MatrixProblem):
         assert self.activation.derivative is not None
         return self.activation(z), self.activation.derivative(z).to(self.Z.dtype)
 
-    def substitute(self) -> Tensor | None:
+    def substitute(self, x: Tensor | None) -> Tensor | None:
         return _substitute(self.state_matrix, self.Z, lambda units, z: self.activation(z))
 
 
@@ -255,7 +255,7 @@ class _SlopedProblem(_MatrixProblem):
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.state_matrix.precise.apply(to_precise(x)) * self.slope + self.source, self.slope
 
-    def substitute(self) -> Tensor | None:
+    def substitute(self, x: Tensor | None) -> Tensor | None:
         return _substitute(
             self.state_matrix,
             torch.zeros_like(self.source),

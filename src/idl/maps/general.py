@@ -16,13 +16,20 @@ RowFunction = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class GeneralMap(ParametricMap):
-    """Any function of a state and of parameters; rows may depend on each other."""
+    """Any function of a state and of parameters; rows may depend on each other.
+
+    Args:
+        row_function: The function.
+        nilpotent: Number of applications after which it has reached its fixed point from anywhere, if there is one:
+            the size of the state where each unit reads only units before it.
+    """
 
     row_function: RowFunction
+    nilpotent: int | None = None
 
     def at(self, parameters: Parameters) -> "_GeneralProblem":
         """Return the map of these parameters, for a solver."""
-        return _GeneralProblem(self.function(parameters))
+        return _GeneralProblem(self.function(parameters), nilpotent=self.nilpotent)
 
     def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
         """Return the map as a function that autograd can record."""
@@ -30,7 +37,7 @@ class GeneralMap(ParametricMap):
 
     def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple[ParametricMap, Parameters]:
         r"""Return :math:`\lambda \mapsto J^T\lambda + g`."""
-        return LinearisedMap(self.row_function, transposed=True), (x, g, *parameters)
+        return LinearisedMap(self.row_function, True, self.nilpotent), (x, g, *parameters)
 
     def pullback(
         self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
@@ -67,7 +74,7 @@ class GeneralMap(ParametricMap):
                 return self.row_function(x, *(p if t is None else next(supply) for p, t in pairs))
 
             _, source, *_ = torch.func.jvp(of_moving, tuple(p for p, _ in moving), tuple(t for _, t in moving))
-        return LinearisedMap(self.row_function, transposed=False), (x, source, *parameters)
+        return LinearisedMap(self.row_function, False, self.nilpotent), (x, source, *parameters)
 
     def fold(
         self, size: int, parameters: Parameters, dims: Sequence[int | None]
@@ -80,7 +87,7 @@ class GeneralMap(ParametricMap):
         def function(x: Tensor, *values: Tensor) -> Tensor:
             return mapped(torch.unflatten(x, 0, (size, -1)), *values).flatten(0, 1)
 
-        return GeneralMap(function), fronted
+        return GeneralMap(function, self.nilpotent), fronted
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ class LinearisedMap(ParametricMap):
 
     row_function: RowFunction
     transposed: bool
+    nilpotent: int | None = None
 
     def at(self, parameters: Parameters) -> "_GeneralProblem":
         """Return the map of these parameters, for a solver."""
@@ -102,12 +110,12 @@ class LinearisedMap(ParametricMap):
             def product(v: Tensor) -> Tensor:
                 return pull(v)[0].detach()
 
-            return _GeneralProblem(lambda v: product(v) + source, 1.0, source, product)
+            return _GeneralProblem(lambda v: product(v) + source, 1.0, source, product, self.nilpotent)
 
         def push(v: Tensor) -> Tensor:
             return torch.func.jvp(lambda point: self.row_function(point, *rest), (x,), (v,))[1]
 
-        return _GeneralProblem(lambda v: push(v) + source, torch.inf, source, push)
+        return _GeneralProblem(lambda v: push(v) + source, torch.inf, source, push, self.nilpotent)
 
     def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
         """Return the map as a function that autograd can record."""
@@ -142,7 +150,7 @@ class LinearisedMap(ParametricMap):
             (p.expand(size, *p.shape) if d is None else front(p, d)).flatten(0, 1)
             for p, d in ((x, x_dim), (source, source_dim))
         ]
-        return LinearisedMap(general.row_function, self.transposed), (*rows, *rest_parameters)
+        return LinearisedMap(general.row_function, self.transposed, self.nilpotent), (*rows, *rest_parameters)
 
     @property
     def _general(self) -> GeneralMap:
@@ -152,7 +160,7 @@ class LinearisedMap(ParametricMap):
                 return pull(v)[0] + source
             return torch.func.jvp(lambda point: self.row_function(point, *rest), (x,), (v,))[1] + source
 
-        return GeneralMap(function)
+        return GeneralMap(function, self.nilpotent)
 
 
 class _GeneralProblem(Problem):
@@ -164,11 +172,13 @@ class _GeneralProblem(Problem):
         order: float = torch.inf,
         source: Tensor | None = None,
         linear_product: Callable[[Tensor], Tensor] | None = None,
+        nilpotent: int | None = None,
     ) -> None:
         self.function = function
         self.order = order
         self.source = source
         self.linear_product = linear_product
+        self.nilpotent = nilpotent
         self.newton_is_cheap = linear_product is not None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -193,3 +203,14 @@ class _GeneralProblem(Problem):
         if self.linear_product is not None:
             return self.linear_product(v)
         return torch.func.jvp(self.function, (slope,), (v,))[1]
+
+    def substitute(self, x: Tensor | None) -> Tensor | None:
+        if self.nilpotent is None:
+            return None
+        x = self.start(x)
+        for _ in range(self.nilpotent):
+            image = self.function(x)
+            if torch.equal(image, x):
+                break
+            x = image
+        return x

@@ -89,17 +89,20 @@ class ImplicitModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new parameters."""
-        n = self.hidden_dim
+        """Draw new parameters.
+
+        ``A`` has entries of standard deviation ``1 / sqrt(n)``, so that with the default ``f`` its rows start at the
+        bound; ``B`` is drawn as He et al. (2015) do before a ReLU, ``C`` and ``D`` as :class:`torch.nn.Linear` does.
+        """
+        n, p = self.hidden_dim, self.input_dim
         with torch.no_grad():
             if self.rank is None:
-                self.A.normal_(std=1 / n)
+                self.A.normal_(std=n**-0.5)
             else:  # entries of L R^T as large as those of a full A
                 for factor in (self.L, self.R):
-                    factor.normal_(std=n**-0.5 * self.rank**-0.25)
-            for matrix in (self.B, self.C, self.D):
+                    factor.normal_(std=(n * self.rank) ** -0.25)
+            for matrix, bound in ((self.B, math.sqrt(6 / p)), (self.C, n**-0.5), (self.D, p**-0.5)):
                 if matrix is not None:
-                    bound = 1 / math.sqrt(matrix.shape[1])
                     matrix.uniform_(-bound, bound)
             if self.bias is not None:
                 self.bias.zero_()

@@ -102,8 +102,8 @@ class Problem(ABC):
         """Solve ``v - J v = rhs`` for each row, directly; only if :attr:`can_solve`."""
         raise TypeError(f"{type(self).__name__} has no direct solve")
 
-    def substitute(self) -> Tensor | None:
-        """Return the exact fixed point where the map is triangular, else ``None``."""
+    def substitute(self, x: Tensor | None) -> Tensor | None:
+        """Return the exact fixed point where the map is strictly triangular, else ``None``; ``x`` is a start."""
         return None
 
 

@@ -49,7 +49,7 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
         # While every row is finite and the worst of them improves, the newest iterate is the best: nothing to note.
         improves = state.worst < before or state.worst == before == math.inf
         if best is not None or not improves or spent > _UNWATCHED or spent >= solver.max_steps:
-            best = _Best.begin(first, state) if best is None else best.updated(problem, state, dtype)
+            best = _Best.begin(first, problem, state, dtype) if best is None else best.updated(problem, state, dtype)
             ended = best.settled | best.residual.isnan()
             if spent >= solver.max_steps or bool(ended.all()):
                 break
@@ -79,23 +79,21 @@ class _Best(NamedTuple):
     settled: Tensor
 
     @staticmethod
-    def begin(first: Tensor, state: Any) -> "_Best":
+    def begin(first: Tensor, problem: Problem, state: Any, dtype: torch.dtype) -> "_Best":
         """Return the present iterates; a row whose first image was not finite is lost, and is NaN."""
         lost, finite = ~first.isfinite().all(1), state.x.isfinite().all(1)
         x = torch.where(finite[:, None], state.x, first)
         residual = torch.where(finite, state.residual, torch.inf)
         return _Best(
-            torch.where(lost[:, None], torch.nan, x), torch.where(lost, torch.nan, residual), _within_tolerance(state)
+            torch.where(lost[:, None], torch.nan, x),
+            torch.where(lost, torch.nan, residual),
+            _done(problem, state, dtype),
         )
 
     def updated(self, problem: Problem, state: Any, dtype: torch.dtype) -> "_Best":
         """Return the better of these and the present iterates, row by row."""
-        floor = rounding_floor(problem, state.x, dtype)
-        # A state held in higher precision is worth going on with: its error, not its step, must reach the floor.
-        at_floor = (state.residual if state.x.dtype == dtype else state.error) <= floor
-        finite = state.residual.isfinite()  # what overflowed is neither good nor done
-        done = (_within_tolerance(state) | at_floor) & finite
-        better = finite & (state.residual <= self.residual) | (done & ~self.settled)
+        done = _done(problem, state, dtype)
+        better = state.residual.isfinite() & (state.residual <= self.residual) | (done & ~self.settled)
         return _Best(
             torch.where(better[:, None], state.x, self.x),
             torch.where(better, state.residual, self.residual),
@@ -118,8 +116,12 @@ def _filled(like: Tensor, steps: int) -> Tensor:
     return torch.full_like(like, steps, dtype=torch.int64)
 
 
-def _within_tolerance(state: Any) -> Tensor:
-    done: Tensor = state.error <= state.tolerance
+def _done(problem: Problem, state: Any, dtype: torch.dtype) -> Tensor:
+    """Return which rows are within their tolerance or down at rounding."""
+    floor = rounding_floor(problem, state.x, dtype)
+    # A state held in higher precision is worth going on with: its error, not its step, must reach the floor.
+    at_floor = (state.residual if state.x.dtype == dtype else state.error) <= floor
+    done: Tensor = ((state.error <= state.tolerance) | at_floor) & state.residual.isfinite()
     return done
 
 

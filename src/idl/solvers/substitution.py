@@ -20,10 +20,10 @@ class BackSubstitution(AbstractFixedPointSolver):
 
     def init(self, problem: Problem, x: Tensor | None) -> tuple[State, int]:
         """Substitute."""
-        x = problem.substitute()
+        x = problem.substitute(x)
         if x is None:
             raise TypeError(
-                "BackSubstitution needs a strictly triangular state matrix and a componentwise activation; "
+                "BackSubstitution needs a strictly triangular state matrix; "
                 "use ImplicitFunctionTriu, or another solver such as Adaptive()."
             )
         zero = torch.zeros_like(x[:, 0])

@@ -1,7 +1,8 @@
 """Named problems with known answers, all seeded and in float64.
 
-The table of the gradient contract has four axes, and a fifth that says what vmap maps over; a :class:`Case` is one
-choice of each and everything that a test needs: its tensors, the library's function of them, and the plain map whose fixed point is the answer.
+The table of the gradient contract has four axes, and a fifth that says what vmap maps over. A :class:`Case` is one
+choice of each and everything that a test needs: its tensors, the library's function of them, and the plain map whose
+fixed point is the answer.
 """
 
 import itertools

@@ -122,7 +122,7 @@ class ImplicitFunction:
         return found if found.x.dtype == dtype else found._replace(x=found.x.to(dtype))
 
     def _admitted(self, A: StateParameters) -> StateMatrix:
-        """Return the admissible state matrix, in float32 where half precision would hold a row's bound to two digits."""
+        """Return the admissible state matrix, in float32 for half precision, which holds a bound to two digits only."""
         lipschitz = 1.0 if self.activation.lipschitz is None else self.activation.lipschitz
         if not isinstance(A, tuple):
             return self.constraint.admit(_widened(checks.square_matrix("A", A)), lipschitz)

@@ -44,22 +44,23 @@ class UnrolledAdjoint(AbstractAdjoint):
         x = torch.zeros_like(parameters[0]) if x0 is None else x0.detach()
         for _ in range(self.steps):
             x = function(x)
-        _, steps, converged = solve(parametric, _Inspection(solver.atol, solver.rtol), x, parameters, report)
-        return x, steps + (self.steps - 1), converged
+        look = UnrolledIteration(solver.atol, solver.rtol, self.steps)
+        _, steps, converged = solve(parametric, look, x, parameters, report)
+        return x, steps, converged
 
 
 @dataclass(frozen=True)
-class _Inspection(AbstractFixedPointSolver):
-    """Leaves ``x`` where it is and measures its residual."""
-
-    max_steps: int = 1
+class UnrolledIteration(AbstractFixedPointSolver):
+    """Stands for the recorded steps: leaves ``x`` where they led and measures its residual."""
 
     def init(self, problem: Problem, x: Tensor | None) -> tuple[State, int]:
+        """Measure the residual at ``x``."""
         assert x is not None
         residual = problem.distance(problem(x), x)
         tolerance = self.tolerance(problem, x)
         worst = largest_ratio(residual, tolerance)
-        return State(x, residual, residual, tolerance, worst, worst), 1
+        return State(x, residual, residual, tolerance, worst, worst), self.max_steps
 
     def step(self, problem: Problem, state: State, budget: int) -> tuple[State, int]:
+        """Return the state as it is."""
         return state, budget

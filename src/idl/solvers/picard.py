@@ -66,10 +66,10 @@ class Picard(AbstractFixedPointSolver):
         error = residual * (residual / (before - residual).clamp_min_(tiny))
         ratios = torch.stack((before, residual, error)).div_(state.tolerance)
         worst_before, worst, excess = _largest(ratios)
-        remaining = _steps_until_done(excess, worst / worst_before if worst_before else 0.0)
+        remaining = _steps_until_done(worst_before, worst)
         if not math.isfinite(worst):  # a lost sample must not slow the others down
-            worst_before, others_worst, others_excess = _largest(ratios[:, ratios[1].isfinite()])
-            remaining = _steps_until_done(others_excess, others_worst / worst_before if worst_before else 0.0)
+            others_before, others_worst, _ = _largest(ratios[:, ratios[1].isfinite()])
+            remaining = _steps_until_done(others_before, others_worst)
         spent = state.spent + steps
         return PicardState(x, residual, error, state.tolerance, worst, excess, remaining, spent, spare), steps
 
@@ -98,11 +98,13 @@ def _largest(ratios: Tensor) -> list[float]:
     return ratios.amax(1).tolist() if ratios.shape[1] else [0.0] * ratios.shape[0]
 
 
-def _steps_until_done(excess: float, rate: float) -> float:
-    """Return the steps after which the estimated error is within the tolerance."""
-    if rate >= 1 or not math.isfinite(excess):
+def _steps_until_done(before: float, worst: float) -> float:
+    """Return the steps after which the estimated error is within the tolerance, if all rows were like the worst one."""
+    if worst >= before or not math.isfinite(before):
         return math.inf
-    if excess <= 1 or rate <= 0:
+    rate = worst / before
+    excess = worst * rate / (1 - rate)
+    if excess <= 1:
         return 1.0
     # A fifth of a step of margin: a burst that just misses costs a test and a step, one that is too long a step.
     return float(math.ceil(math.log(excess) / -math.log(rate) + 0.2))

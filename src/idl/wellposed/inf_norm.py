@@ -17,7 +17,22 @@ from idl.wellposed.base import AbstractConstraint
 
 
 @dataclass(frozen=True)
-class InfNorm(AbstractConstraint):
+class _Ball(AbstractConstraint):
+    """The bound itself, whatever brings a matrix below it."""
+
+    kappa: float = 0.99
+
+    def __post_init__(self) -> None:
+        checks.in_open_unit("kappa", self.kappa, "A map contracts for certain only if ||A||_inf <= kappa < 1.")
+
+    @property
+    def contraction(self) -> float:
+        """The factor ``kappa``."""
+        return self.kappa
+
+
+@dataclass(frozen=True)
+class InfNorm(_Ball):
     r"""Rescale each row whose sum of magnitudes is above the radius down to it; leave the others.
 
     The radius is ``kappa``, or ``kappa / L`` for an activation of slope up to ``L > 1``. A low-rank
@@ -30,16 +45,6 @@ class InfNorm(AbstractConstraint):
     Raises:
         TypeError, ValueError: If ``kappa`` is not in (0, 1).
     """
-
-    kappa: float = 0.99
-
-    def __post_init__(self) -> None:
-        checks.in_open_unit("kappa", self.kappa, "A map contracts for certain only if ||A||_inf <= kappa < 1.")
-
-    @property
-    def contraction(self) -> float:
-        """The factor ``kappa``."""
-        return self.kappa
 
     def admit(self, A: Tensor, lipschitz: float) -> StateMatrix:
         """Return ``A`` with its rows rescaled; bit by bit ``A`` itself where no row is above the radius."""
@@ -57,7 +62,7 @@ class InfNorm(AbstractConstraint):
 
 
 @dataclass(frozen=True)
-class InfNormProjection(AbstractConstraint):
+class InfNormProjection(_Ball):
     r"""Project each row onto the :math:`\ell_1` ball of the radius: the nearest admissible matrix, often sparse.
 
     An entry that the projection sets to zero gets no gradient until its row's threshold falls below it.
@@ -68,16 +73,6 @@ class InfNormProjection(AbstractConstraint):
     Raises:
         TypeError, ValueError: If ``kappa`` is not in (0, 1).
     """
-
-    kappa: float = 0.99
-
-    def __post_init__(self) -> None:
-        checks.in_open_unit("kappa", self.kappa, "A map contracts for certain only if ||A||_inf <= kappa < 1.")
-
-    @property
-    def contraction(self) -> float:
-        """The factor ``kappa``."""
-        return self.kappa
 
     def admit(self, A: Tensor, lipschitz: float) -> StateMatrix:
         """Return the projection of ``A``."""

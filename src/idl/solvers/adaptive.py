@@ -34,11 +34,13 @@ class Adaptive(AbstractFixedPointSolver):
             return self._newton.step(problem, state, budget)
         if isinstance(state, AndersonState):
             return self._anderson.step(problem, state, budget)
-        # The first tests see transients, which may even grow.
-        if state.remaining is not None and state.spent >= 7 and state.remaining > min(_PATIENCE, budget):
+        slow = state.remaining is not None and state.spent >= 7 and state.remaining > min(_PATIENCE, budget)
+        if slow and state.suspect:
             method = self._newton if problem.newton_is_cheap else self._anderson
             return method.begin(problem, state.x, state.tolerance), 1
-        return self._picard.step(problem, state, budget)
+        state, spent = self._picard.step(problem, state, budget)
+        # One slow test may have seen a transient, which can even grow; two in a row have not.
+        return state._replace(suspect=slow), spent
 
     @cached_property
     def _picard(self) -> Picard:

@@ -25,6 +25,8 @@ class PicardState(NamedTuple):
     spent: int
     spare: Tensor | None
     """A buffer for the next burst."""
+    suspect: bool = False
+    """Whether the test before this one already found it slow; for a solver that may change the method."""
 
 
 @dataclass(frozen=True)

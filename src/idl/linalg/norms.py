@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from idl.linalg.operators import Dense, Factored, StateMatrix
+from idl.linalg.operators import Dense, StateMatrix
 
 
 def row_sums(A: Tensor) -> Tensor:
@@ -13,9 +13,7 @@ def row_sums(A: Tensor) -> Tensor:
 
 def inf_norm(matrix: StateMatrix) -> Tensor:
     r"""Return :math:`\|A\|_\infty`, the largest row sum of ``|A|``; a low-rank ``A`` is multiplied out in chunks."""
-    if isinstance(matrix, Factored):
-        chunks = torch.split(matrix.left, 1024)  # rows at a time, so that n^2 numbers are never held
-        sums = [row_sums(rows @ matrix.right.T).amax() for rows in chunks]
-        return torch.stack(sums).amax()
-    assert isinstance(matrix, Dense)
-    return row_sums(matrix.matrix).amax()
+    if isinstance(matrix, Dense):
+        return row_sums(matrix.matrix).amax()
+    chunks = torch.split(matrix.left, 1024)  # rows at a time, so that n^2 numbers are never held
+    return torch.stack([row_sums(rows @ matrix.right.T).amax() for rows in chunks]).amax()

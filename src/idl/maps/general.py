@@ -76,9 +76,7 @@ class GeneralMap(ParametricMap):
             _, source, *_ = torch.func.jvp(of_moving, tuple(p for p, _ in moving), tuple(t for _, t in moving))
         return LinearisedMap(self.row_function, False, self.nilpotent), (x, source, *parameters)
 
-    def fold(
-        self, size: int, parameters: Parameters, dims: Sequence[int | None]
-    ) -> tuple[ParametricMap, Parameters] | None:
+    def fold(self, size: int, parameters: Parameters, dims: Sequence[int | None]) -> tuple["GeneralMap", Parameters]:
         """Return the map that applies the function to each mapped index by :func:`torch.vmap`."""
         fronted = tuple(front(p, d) for p, d in zip(parameters, dims, strict=True))
         in_dims = (0, *(None if d is None else 0 for d in dims))
@@ -142,10 +140,7 @@ class LinearisedMap(ParametricMap):
     ) -> tuple[ParametricMap, Parameters] | None:
         """Return the linearisation of the folded function, on all rows."""
         (x, source, *rest), (x_dim, source_dim, *rest_dims) = parameters, dims
-        folded = GeneralMap(self.row_function).fold(size, tuple(rest), rest_dims)
-        assert folded is not None
-        general, rest_parameters = folded
-        assert isinstance(general, GeneralMap)
+        general, rest_parameters = GeneralMap(self.row_function).fold(size, tuple(rest), rest_dims)
         rows = [
             (p.expand(size, *p.shape) if d is None else front(p, d)).flatten(0, 1)
             for p, d in ((x, x_dim), (source, source_dim))

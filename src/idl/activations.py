@@ -38,8 +38,8 @@ class Activation:
         return self.name
 
     def apply_(self, z: Tensor) -> Tensor:
-        """Return ``phi(z)``, which may overwrite ``z``."""
-        return self.phi(z) if self.phi_ is None else self.phi_(z)
+        """Overwrite ``z`` with ``phi(z)`` and return it."""
+        return z.copy_(self.phi(z)) if self.phi_ is None else self.phi_(z)
 
 
 def _relu_slope(z: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def solve(
     return _applied(call, x0, tuple(p.detach() for p in parameters))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
     """All of a solve that is not a tensor."""
 
@@ -74,18 +74,22 @@ class _Call:
     derivative_solver: AbstractFixedPointSolver
     report: FailureReport
     subject: str
+    rate: float | None = None
+    """Contraction to expect; after the solve that which was measured. It plans, and decides nothing."""
 
     def derivative(self, parametric: ParametricMap, subject: str) -> "_Call":
-        """Return the call that solves for a derivative of this one."""
-        return _Call(parametric, self.derivative_solver, self.derivative_solver, self.report, subject)
+        """Return the call that solves for a derivative of this one: its map contracts as this one does at the end."""
+        return _Call(parametric, self.derivative_solver, self.derivative_solver, self.report, subject, self.rate)
 
 
 class _FixedPoint(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, x0: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         problem = call.parametric.at(parameters)
+        problem.rate = call.rate
         dtype = (parameters[0] if x0 is None else x0).dtype
         result = iterate(call.solver, problem, x0, dtype)
+        call.rate = result.rate
         call.report(result, call.solver, problem, call.subject)
         x = result.x
         if any(x is given for given in (x0, *parameters)):  # solved by itself; autograd wants outputs of their own

@@ -59,7 +59,7 @@ class UnrolledIteration(AbstractFixedPointSolver):
         residual = problem.distance(problem(x), x)
         tolerance = self.tolerance(problem, x)
         worst = largest_ratio(residual, tolerance)
-        return State(x, residual, residual, tolerance, worst, worst), self.max_steps
+        return State(x, residual, residual, tolerance, worst, worst <= 1), self.max_steps
 
     def step(self, problem: Problem, state: State, budget: int) -> tuple[State, int]:
         """Return the state as it is."""

@@ -186,7 +186,7 @@ class _GeneralProblem(Problem):
         return self.source
 
     def norm(self, x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, self.order, dim=1)
+        return torch.linalg.vector_norm(x, self.order, dim=-1)
 
     def scale(self, x: Tensor) -> Tensor:
         return self.norm(x if self.source is None else self.source)

@@ -34,7 +34,7 @@ class Adaptive(AbstractFixedPointSolver):
             return self._newton.step(problem, state, budget)
         if isinstance(state, AndersonState):
             return self._anderson.step(problem, state, budget)
-        slow = state.remaining is not None and state.spent >= 7 and state.remaining > min(_PATIENCE, budget)
+        slow = state.spent >= 7 and state.remaining > min(_PATIENCE, budget)
         if slow and state.suspect:
             method = self._newton if problem.newton_is_cheap else self._anderson
             return method.begin(problem, state.x, state.tolerance), 1

@@ -1,6 +1,5 @@
 """Anderson acceleration, each sample by itself."""
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +18,8 @@ class AndersonState(NamedTuple):
     error: Tensor
     tolerance: Tensor
     worst: float
-    excess: float
+    settled: bool
+    rate: float | None
     point: Tensor
     images: Tensor
     defects: Tensor
@@ -66,9 +66,8 @@ class Anderson(AbstractFixedPointSolver):
         history = x.new_zeros(rows, self.memory, n)
         valid = torch.zeros(rows, self.memory, dtype=torch.bool, device=x.device)
         unknown, worst = torch.full_like(residual, torch.inf), largest_ratio(residual, tolerance)
-        excess = math.inf if worst else 0.0
-        state = AndersonState(image, residual, unknown, tolerance, worst, excess, x, history, history.clone(), valid)
-        return self._remember(state)
+        seen = (image, residual, unknown, tolerance, worst, worst == 0, None)
+        return self._remember(AndersonState(*seen, x, history, history.clone(), valid))
 
     def step(self, problem: Problem, state: AndersonState, budget: int) -> tuple[AndersonState, int]:
         """Mix, apply the map, remember."""
@@ -92,7 +91,7 @@ class Anderson(AbstractFixedPointSolver):
             residual=residual,
             error=error,
             worst=largest_ratio(residual, state.tolerance),
-            excess=largest_ratio(error, state.tolerance),
+            settled=largest_ratio(error, state.tolerance) <= 1,
             point=point,
             valid=valid,
         )

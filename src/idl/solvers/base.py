@@ -39,6 +39,8 @@ class Problem(ABC):
 
     separable: bool = False
     """Whether each row is a problem of its own, so that finished rows can be left out."""
+    rate: float | None = None
+    """Contraction that a related problem has shown: what to expect, if one was solved before."""
     newton_is_cheap: bool = False
     """Whether a product with the Jacobian costs about what an application of the map costs."""
 
@@ -52,7 +54,7 @@ class Problem(ABC):
 
     @abstractmethod
     def norm(self, x: Tensor) -> Tensor:
-        """Return the norm of each row in which the map is known, or hoped, to contract."""
+        """Return the norm over the last dimension in which the map is known, or hoped, to contract."""
 
     @abstractmethod
     def scale(self, x: Tensor) -> Tensor:
@@ -66,23 +68,19 @@ class Problem(ABC):
     def product(self, slope: Tensor, v: Tensor) -> Tensor:
         """Return ``J v`` for each row, ``J`` the Jacobian where ``slope`` was taken."""
 
-    def iterate(self, x: Tensor, steps: int, spare: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Apply ``f`` ``steps >= 1`` times; return the last iterate and the last but one.
-
-        ``x`` is not changed; ``spare``, of its shape, may be overwritten.
-        """
-        previous = x
-        for _ in range(steps):
-            previous, x = x, self(x)
-        return x, previous
-
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the norm of each row of ``x - y``."""
         return self.norm(x - y)
 
-    def distance_over(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what :meth:`distance` does, and may overwrite ``y``."""
-        return self.norm(x - y)
+    def burst(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """Apply ``f`` ``steps >= 2`` times; return the last iterate and the sizes of the last two steps, ``(2, rows)``.
+
+        ``x`` is not changed.
+        """
+        older = previous = x
+        for _ in range(steps):
+            older, previous, x = previous, x, self(x)
+        return x, torch.stack((self.distance(previous, older), self.distance(x, previous)))
 
     def restrict(self, rows: Tensor) -> "Problem":
         """Return the problem of the rows with these indices; only if :attr:`separable`."""
@@ -166,8 +164,10 @@ class State(NamedTuple):
     """What each row's residual and error must reach."""
     worst: float
     """Largest ratio of a row's residual to its tolerance; not finite if some row is not."""
-    excess: float
-    """Largest ratio of a row's error to its tolerance: all rows are done once it is at most 1."""
+    settled: bool
+    """Whether the error of every row is within its tolerance."""
+    rate: float | None = None
+    """Contraction from step to step, where it was measured."""
 
 
 def largest_ratio(sizes: Tensor, tolerance: Tensor) -> float:

@@ -12,12 +12,15 @@ _UNWATCHED = 16  # steps in which a solve that goes well keeps no record of its 
 
 
 class Iterate(NamedTuple):
-    """What the loop ends with; one entry a row."""
+    """What the loop ends with."""
 
     x: Tensor
+    """One row a row, as in what follows."""
     steps: Tensor
     converged: Tensor
     all_converged: bool
+    rate: float | None
+    """Contraction from step to step at the end, where it was measured."""
 
 
 def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None, dtype: torch.dtype) -> Iterate:
@@ -40,10 +43,10 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
     before = math.inf
     first = state.x
     while True:
-        if state.excess <= 1:
+        if state.settled:
             if ended_rows is None:
                 settled = torch.ones(rows, dtype=torch.bool, device=state.x.device)
-                return Iterate(state.x.to(dtype), _filled(settled, spent), settled, True)
+                return Iterate(state.x.to(dtype), _filled(settled, spent), settled, True, state.rate)
             best = _Best(state.x, state.residual, torch.ones_like(state.residual, dtype=torch.bool))
             break
         # While every row is finite and the worst of them improves, the newest iterate is the best: nothing to note.
@@ -65,10 +68,10 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
         x = x if x is None or ended_rows is None else x[ended_rows.running]
         best = best.not_worse_than(problem.start(x), problem, dtype)
     if ended_rows is None:
-        return Iterate(best.x.to(dtype), _filled(best.settled, spent), best.settled, bool(best.settled.all()))
+        return Iterate(best.x.to(dtype), _filled(best.settled, spent), best.settled, bool(best.settled.all()), None)
     ended_rows.take(torch.ones_like(best.settled), best, spent)
     converged = ended_rows.converged
-    return Iterate(ended_rows.x.to(dtype), ended_rows.steps, converged, bool(converged.all()))
+    return Iterate(ended_rows.x.to(dtype), ended_rows.steps, converged, bool(converged.all()), None)
 
 
 class _Best(NamedTuple):

@@ -1,6 +1,5 @@
 """Semismooth Newton on each row, with Krylov or direct inner solves."""
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +22,8 @@ class NewtonState(NamedTuple):
     error: Tensor
     tolerance: Tensor
     worst: float
-    excess: float
+    settled: bool
+    rate: float | None
     point: Tensor
     slope: Tensor
     best_x: Tensor
@@ -61,8 +61,8 @@ class Newton(AbstractFixedPointSolver):
         unknown = torch.full_like(residual, torch.inf)
         stale = torch.zeros_like(residual)
         worst = largest_ratio(residual, tolerance)
-        excess = math.inf if worst else 0.0
-        return NewtonState(value, residual, unknown, tolerance, worst, excess, point, slope, value, residual, stale)
+        seen = (value, residual, unknown, tolerance, worst, worst == 0, None)
+        return NewtonState(*seen, point, slope, value, residual, stale)
 
     def step(self, problem: Problem, state: NewtonState, budget: int) -> tuple[NewtonState, int]:
         """Take one Newton step, all rows at once."""
@@ -83,7 +83,8 @@ class Newton(AbstractFixedPointSolver):
             error,
             state.tolerance,
             largest_ratio(residual, state.tolerance),
-            largest_ratio(error, state.tolerance),
+            largest_ratio(error, state.tolerance) <= 1,
+            None,
             point,
             slope,
             torch.where(better[:, None], value, state.best_x),

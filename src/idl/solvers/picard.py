@@ -15,18 +15,27 @@ class PicardState(NamedTuple):
     """State of :class:`Picard`."""
 
     x: Tensor
+    before: Tensor
+    """Size of the last step of each row but one."""
     residual: Tensor
-    error: Tensor
     tolerance: Tensor
     worst: float
-    excess: float
-    remaining: float | None
-    """Applications that the measured rate still needs; ``None`` before it is known, ``inf`` if the steps grow."""
+    settled: bool
+    rate: float | None
+    remaining: float
+    """Applications that the rate still needs; ``inf`` if the steps grow."""
     spent: int
-    spare: Tensor | None
-    """A buffer for the next burst."""
     suspect: bool = False
     """Whether the test before this one already found it slow; for a solver that may change the method."""
+
+    @property
+    def error(self) -> Tensor:
+        """Error of each row by the geometric series; in effect infinite where a step is no smaller than the last."""
+        tiny = torch.finfo(self.residual.dtype).tiny
+        return self.residual * (self.residual / (self.before - self.residual).clamp_min_(tiny))
+
+
+_LONGEST_PLAN = 16  # a rate that needs more calls for an early test: another method may be due
 
 
 @dataclass(frozen=True)
@@ -56,57 +65,60 @@ class Picard(AbstractFixedPointSolver):
         x = problem.start(x)
         tolerance = self.tolerance(problem, x)
         unknown = torch.full_like(tolerance, math.inf)
-        return PicardState(x, unknown, unknown, tolerance, math.inf, math.inf, None, 1, None), 1
+        return PicardState(x, unknown, unknown, tolerance, math.inf, False, None, self._first_burst(problem), 1), 1
 
     def step(self, problem: Problem, state: PicardState, budget: int) -> tuple[PicardState, int]:
         """Apply the map as often as is expected to be needed, at most as often as until now, then test."""
-        steps = 2 if state.remaining is None else int(min(max(state.remaining, 1), max(state.spent, 4), 64))
-        steps = min(steps, budget)
-        x, before, residual, spare = self._burst(problem, state, steps)
-        # Where a step is no smaller than the one before it the error is unknown: infinite, in effect.
-        tiny = torch.finfo(residual.dtype).tiny
-        error = residual * (residual / (before - residual).clamp_min_(tiny))
-        ratios = torch.stack((before, residual, error)).div_(state.tolerance)
-        worst_before, worst, excess = _largest(ratios)
-        remaining = _steps_until_done(worst_before, worst)
+        longest = _LONGEST_PLAN if state.spent == 1 else min(max(state.spent, 4), 64)
+        steps = min(int(min(max(state.remaining, 1), longest)), budget)
+        x, sizes = self._burst(problem, state, steps)
+        ratios = sizes / state.tolerance
+        before, worst = _largest(ratios)
+        remaining = _steps_until_done(before, worst)
+        # Seen together the rows are done no later than the last of them: only then is it worth a look at each.
+        settled = remaining == 0 and _all_settled(ratios)
         if not math.isfinite(worst):  # a lost sample must not slow the others down
-            others_before, others_worst, _ = _largest(ratios[:, ratios[1].isfinite()])
-            remaining = _steps_until_done(others_before, others_worst)
-        spent = state.spent + steps
-        return PicardState(x, residual, error, state.tolerance, worst, excess, remaining, spent, spare), steps
+            remaining = _steps_until_done(*_largest(ratios[:, ratios[1].isfinite()]))
+        rate = worst / before if 0 < worst < before else None
+        first, last = sizes
+        return PicardState(x, first, last, state.tolerance, worst, settled, rate, remaining, state.spent + steps), steps
 
-    def _burst(self, problem: Problem, state: PicardState, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return the new iterate, the sizes of the last two steps of each row, and a buffer that is free now."""
-        if self.damping < 1:
-            x, residual = state.x, state.residual
-            for _ in range(steps):
-                image = problem(x)
-                before, residual = residual, problem.distance(image, x)
-                x = torch.lerp(x, image, self.damping)
-            return x, before, residual, None
-        if steps == 1:  # the iterate before is still somebody's
-            x, _ = problem.iterate(state.x, 1, state.spare)
-            return x, state.residual, problem.distance(x, state.x), None
-        previous, older = problem.iterate(state.x, steps - 1, state.spare)
-        if older is state.x:
-            before, free = problem.distance(previous, older), None
-        else:
-            before, free = problem.distance_over(previous, older), older
-        x, _ = problem.iterate(previous, 1, free)
-        return x, before, problem.distance_over(x, previous), previous
+    def _first_burst(self, problem: Problem) -> float:
+        """Return how many steps to take before the first test: two tell a rate, a known rate tells more."""
+        if problem.rate is None or not self.rtol or self.atol:
+            return 2.0
+        # From a start at zero the first step has the size that the tolerance refers to.
+        planned = _steps_until_done(1 / (self.rtol * problem.rate), 1 / self.rtol)
+        return planned if 2 <= planned <= _LONGEST_PLAN else 2.0
+
+    def _burst(self, problem: Problem, state: PicardState, steps: int) -> tuple[Tensor, Tensor]:
+        """Return the new iterate and the sizes of the last two steps, ``(2, rows)``."""
+        if self.damping == 1 and steps > 1:
+            return problem.burst(state.x, steps)
+        x, residual = state.x, state.residual
+        for _ in range(steps):
+            image = problem(x)
+            before, residual = residual, problem.distance(image, x)
+            x = torch.lerp(x, image, self.damping) if self.damping < 1 else image
+        return x, torch.stack((before, residual))
 
 
 def _largest(ratios: Tensor) -> list[float]:
-    return ratios.amax(1).tolist() if ratios.shape[1] else [0.0] * ratios.shape[0]
+    return ratios.amax(1).tolist() if ratios.shape[1] else [0.0, 0.0]
+
+
+def _all_settled(ratios: Tensor) -> bool:
+    """Return whether ``r^2 / (q - r) <= 1`` in every row, for ``q, r`` the last two steps in units of the tolerance."""
+    before, last = ratios
+    return not ratios.shape[1] or float(torch.addcmul(last, last, last).sub_(before).amax()) <= 0
 
 
 def _steps_until_done(before: float, worst: float) -> float:
     """Return the steps after which the estimated error is within the tolerance, if all rows were like the worst one."""
-    if worst >= before or not math.isfinite(before):
+    if worst >= before > 0 or not math.isfinite(before + worst):
         return math.inf
+    if worst * worst <= before - worst:
+        return 0.0
     rate = worst / before
-    excess = worst * rate / (1 - rate)
-    if excess <= 1:
-        return 1.0
     # A fifth of a step of margin: a burst that just misses costs a test and a step, one that is too long a step.
-    return float(math.ceil(math.log(excess) / -math.log(rate) + 0.2))
+    return float(math.ceil(math.log(worst * rate / (1 - rate)) / -math.log(rate) + 0.2))

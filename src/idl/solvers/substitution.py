@@ -29,7 +29,7 @@ class BackSubstitution(AbstractFixedPointSolver):
         zero = torch.zeros_like(x[:, 0])
         residual = torch.where(x.isfinite().all(1), zero, torch.nan)
         lost = float(residual.sum())  # 0, or nan if some row is
-        return State(x, residual, residual, zero, lost, lost), 1
+        return State(x, residual, residual, zero, lost, lost == 0), 1
 
     def step(self, problem: Problem, state: State, budget: int) -> tuple[State, int]:
         """Return the solution as it is."""

@@ -196,3 +196,21 @@ def test_gradients_pass_through_an_operator(operator, rows):
 
 def test_precise_means_float64():
     assert to_precise(torch.ones(2)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("rank", [32, 33])
+def test_woodbury_solves_on_both_sides_of_the_rank_where_it_stops_being_cheap(rank, generator):
+    operator = _factored(40, generator, rank)
+    slope, rhs = (torch.rand(3, 40, generator=generator, dtype=torch.float64) for _ in range(2))
+    systems = torch.eye(40, dtype=torch.float64) - slope[:, :, None] * operator.dense()
+    close(operator.solve(slope, rhs), torch.linalg.solve(systems, rhs[:, :, None])[:, :, 0])
+    assert operator.solve_is_cheap == (rank == 32)
+
+
+@pytest.mark.parametrize("size", [1024, 1025])
+def test_a_direct_solve_is_offered_up_to_a_size_and_right_beyond(size, generator):
+    operator = _dense(size, generator)
+    slope, rhs = (torch.rand(1, size, generator=generator, dtype=torch.float64) for _ in range(2))
+    v = operator.solve(slope, rhs)
+    close(v - slope * operator.apply(v), rhs)
+    assert operator.can_solve == (size == 1024)

@@ -158,7 +158,7 @@ def test_stiff_samples_that_are_not_finite_do_not_spoil_the_others(name):
     assert relative_error(solution.x[keep], exact[keep]) <= promised
 
 
-@pytest.mark.parametrize("rank", [1, 4, 40])
+@pytest.mark.parametrize("rank", [1, 4, 32, 33, 40])
 def test_a_stiff_low_rank_map_is_solved(rank):
     # Rank 40 is above what the direct solve counts as cheap.
     n = 100
@@ -168,3 +168,13 @@ def test_a_stiff_low_rank_map_is_solved(rank):
     exact = truth(left.double() @ right.double().T, u.double())
     f = ImplicitFunctionInf(kappa=0.9995, on_failure="raise")
     assert relative_error(f((left, right), torch.eye(n), u), exact) <= 1e-4
+
+
+@pytest.mark.parametrize("size", [1024, 1025])
+def test_a_stiff_map_is_solved_on_both_sides_of_the_size_up_to_which_rows_are_solved_directly(size):
+    A = positive(size, 0.999, seed=0).float()
+    u = drawn(2, size, seed=1).abs().float()  # every unit is active, so that the truth is one linear solve
+    exact = torch.linalg.solve(torch.eye(size, dtype=torch.float64) - A.double(), u.double().T).T
+    solution = solved(A, u, Adaptive())
+    assert bool(solution.converged.all())
+    assert relative_error(solution.x, exact) <= 1e-4

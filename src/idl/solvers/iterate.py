@@ -68,10 +68,12 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
         x = x if x is None or ended_rows is None else x[ended_rows.running]
         best = best.not_worse_than(problem.start(x), problem, dtype)
     if ended_rows is None:
-        return Iterate(best.x.to(dtype), _filled(best.settled, spent), best.settled, bool(best.settled.all()), None)
+        return Iterate(
+            best.x.to(dtype), _filled(best.settled, spent), best.settled, bool(best.settled.all()), state.rate
+        )
     ended_rows.take(torch.ones_like(best.settled), best, spent)
     converged = ended_rows.converged
-    return Iterate(ended_rows.x.to(dtype), ended_rows.steps, converged, bool(converged.all()), None)
+    return Iterate(ended_rows.x.to(dtype), ended_rows.steps, converged, bool(converged.all()), state.rate)
 
 
 class _Best(NamedTuple):

@@ -76,19 +76,23 @@ class _Call:
     subject: str
     rate: float | None = None
     """Contraction to expect; after the solve that which was measured. It plans, and decides nothing."""
+    ease: bool = True
+    """Whether to look for a better form of the map; after the solve whether one was found."""
 
     def derivative(self, parametric: ParametricMap, subject: str) -> "_Call":
         """Return the call that solves for a derivative of this one: its map contracts as this one does at the end."""
-        return _Call(parametric, self.derivative_solver, self.derivative_solver, self.report, subject, self.rate)
+        solver = self.derivative_solver
+        return _Call(parametric, solver, solver, self.report, subject, self.rate, self.ease)
 
 
 class _FixedPoint(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, x0: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         problem = call.parametric.at(parameters)
-        problem.rate = call.rate
+        eased = problem.eased() if call.ease else problem
+        eased.rate, call.ease = call.rate, eased is not problem
         dtype = (parameters[0] if x0 is None else x0).dtype
-        result = iterate(call.solver, problem, x0, dtype)
+        result = iterate(call.solver, eased, x0, dtype)
         call.rate = result.rate
         call.report(result, call.solver, problem, call.subject)
         x = result.x

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from idl import activations
 from idl.activations import Activation
-from idl.linalg.operators import StateMatrix, StrictlyLower, StrictlyUpper, to_precise
+from idl.linalg.operators import Dense, StateMatrix, StrictlyLower, StrictlyUpper, to_precise
 from idl.maps.base import Parameters, ParametricMap, add, front
 from idl.solvers.base import Problem
 
+_SELF_FED = 0.5  # a unit that feeds itself less converges soon enough as it is
 _BLOCK = 16  # units that substitution settles together: small products, and few of them
 
 
@@ -185,6 +187,13 @@ class _MatrixProblem(Problem):
     def product(self, slope: Tensor, v: Tensor) -> Tensor:
         return slope * self.state_matrix.apply(v)
 
+    def _own_weights(self) -> Tensor | None:
+        """Return the diagonal of ``A`` if some unit feeds itself so much that it is worth being solved for."""
+        if type(self.state_matrix) is not Dense or not self.state_matrix.dim:
+            return None
+        own = self.state_matrix.matrix.diagonal()
+        return own if _SELF_FED < float(own.max()) < 1 else None
+
     @property
     def can_solve(self) -> bool:
         return self.state_matrix.can_solve
@@ -223,6 +232,17 @@ class _AffineProblem(_MatrixProblem):
     def restrict(self, rows: Tensor) -> "_AffineProblem":
         return replace(self, Z=self.Z[rows])
 
+    def eased(self) -> "_AffineProblem":
+        """Solve each unit for its own part: ``x = relu(a x + r)`` with ``a < 1`` is ``x = relu(r / (1 - a))``.
+
+        Row sums of ``kappa`` become at most ``(kappa - a) / (1 - a) <= kappa``.
+        """
+        if self.activation != activations.relu or (own := self._own_weights()) is None:
+            return self
+        gain = 1 / (1 - own)
+        A = (self.state_matrix.dense() * gain[:, None]).fill_diagonal_(0)
+        return _AffineProblem(Dense(A), self.Z * gain, self.activation)
+
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.state_matrix.precise.apply(to_precise(x)) + self.Z
         assert self.activation.derivative is not None
@@ -254,6 +274,14 @@ class _SlopedProblem(_MatrixProblem):
 
     def restrict(self, rows: Tensor) -> "_SlopedProblem":
         return replace(self, slope=self.slope[rows], source=self.source[rows])
+
+    def eased(self) -> "_SlopedProblem":
+        """Solve each unit for its own part: ``v = d (a v + r)`` is ``v = d / (1 - d a) r``."""
+        if (own := self._own_weights()) is None or not float((self.slope * own).max()) < 1:
+            return self
+        gain = 1 / (1 - self.slope * own)
+        off_diagonal = Dense(self.state_matrix.dense().clone().fill_diagonal_(0))
+        return _SlopedProblem(off_diagonal, self.slope * gain, self.source * gain, self.order)
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.state_matrix.precise.apply(to_precise(x)) * self.slope + self.source, self.slope

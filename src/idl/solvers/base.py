@@ -86,6 +86,10 @@ class Problem(ABC):
         """Return the problem of the rows with these indices; only if :attr:`separable`."""
         raise TypeError(f"the rows of {type(self).__name__} may depend on each other")
 
+    def eased(self) -> "Problem":
+        """Return a problem with the same fixed point that contracts faster, or this one where none is known."""
+        return self
+
     @property
     def can_solve(self) -> bool:
         """Whether :meth:`solve` exists and is affordable at this size."""

@@ -1,12 +1,26 @@
 import inspect
 import math
+import re
 
 import jaxtyping
 import pytest
 import torch
 
 import idl
-from idl import Anderson, ConvergenceError, ConvergenceWarning, Newton, Picard, Solution, equilibrium, fixed_point
+from idl import (
+    Activation,
+    Adaptive,
+    Anderson,
+    ConvergenceError,
+    ConvergenceWarning,
+    ImplicitFunctionInf,
+    ImplicitFunctionTriu,
+    Newton,
+    Picard,
+    Solution,
+    equilibrium,
+    fixed_point,
+)
 from idl.linalg.operators import Dense, Factored, StrictlyUpper
 
 
@@ -91,7 +105,7 @@ def test_half_precision_is_solved_in_float32_and_rounded_once(dtype):
 def test_the_residual_is_that_of_the_returned_state_in_half_precision_too(dtype):
     A, B, u = problem(dtype=dtype)
     solution = equilibrium(A, B, u)
-    Z = torch.nn.functional.linear(u, B).double()
+    Z = torch.nn.functional.linear(u.double(), B.double())
     true = (torch.relu(solution.x.double() @ A.double().T + Z) - solution.x.double()).abs().amax(1)
     torch.testing.assert_close(solution.residual.double(), true, rtol=1e-2, atol=1e-6)
 
@@ -109,7 +123,7 @@ def test_autocast_does_not_reach_into_the_solve():
 def test_a_failure_under_a_contraction_says_that_it_is_slow():
     eye = torch.eye(2, dtype=torch.float64)
     with pytest.warns(ConvergenceWarning, match=r"max row sum of \|A\| is 0\.999, so the map contracts, but slowly"):
-        equilibrium(0.999 * eye, eye, torch.ones_like(eye), solver=Picard(max_steps=5))
+        equilibrium(0.999 * eye.flip(0), eye, torch.ones_like(eye), solver=Picard(max_steps=5))
 
 
 BAD = {
@@ -309,3 +323,67 @@ def test_an_error_inside_the_function_comes_through():
 
     with pytest.raises(Own):
         fixed_point(f, torch.zeros(2))
+
+
+IN_PLACE = {
+    "LeakyReLU module": (torch.nn.LeakyReLU(0.2, inplace=True), torch.nn.LeakyReLU(0.2)),
+    "ELU module": (torch.nn.ELU(inplace=True), torch.nn.ELU()),
+    "ReLU function": (lambda z: torch.nn.functional.relu(z, inplace=True), torch.relu),
+    "tanh_ with its slope": (Activation(torch.tanh_, lambda z: 1 - torch.tanh(z) ** 2), torch.tanh),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_an_activation_may_work_in_place(name):
+    in_place, plain = IN_PLACE[name]
+    A, B, u = (t.double().requires_grad_() for t in problem(dtype=torch.float32))
+    for make in (ImplicitFunctionInf, ImplicitFunctionTriu):
+        results = [make(activation=phi)(A, B, u) for phi in (in_place, plain)]
+        torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+        gradients = [torch.autograd.grad(x.square().sum(), (A, B, u)) for x in results]
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_bound_holds_for_the_equation_as_given_also_where_the_input_part_is_rounded():
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(100, 100, generator=generator) / 200, torch.randn(100, 784, generator=generator) / 28
+    u = torch.rand(64, 784, generator=generator)
+    solution = ImplicitFunctionInf(kappa=0.5, tol=1e-7).solution(A, B, u)
+    exact = torch.zeros(64, 100, dtype=torch.float64)
+    admitted = ImplicitFunctionInf(kappa=0.5).state_matrix(A).dense().double()
+    for _ in range(200):
+        exact = torch.relu(exact @ admitted.T + u.double() @ B.double().T)
+    assert bool(((solution.x - exact).abs().amax(1) <= solution.error_bound).all())
+
+
+def test_no_bound_is_claimed_where_the_residual_is_rounded():
+    phi = Activation(torch.nn.functional.leaky_relu, lipschitz=1.0)
+    A, B, u = problem(dtype=torch.float32)
+    assert ImplicitFunctionInf(activation=phi).solution(A, B, u).error_bound is None
+
+
+@pytest.mark.parametrize("solver", [Adaptive(), Anderson(), Newton()], ids=repr)
+def test_an_equation_without_a_solution_is_not_called_solved(solver):
+    A = torch.full((3, 3), 1 / 3)  # x = relu(x + 1) in the end
+    solution = equilibrium(A, torch.eye(3), torch.ones(2, 3), solver=solver, on_failure="ignore")
+    assert not bool(solution.converged.any())
+
+
+@pytest.mark.parametrize(
+    ("activation", "error", "words"),
+    [
+        (torch.nn.ReLU, TypeError, "Did you mean ReLU()?"),
+        (lambda z: z[:, :1], ValueError, "got shape (5, 1)"),
+    ],
+)
+def test_an_activation_that_is_none_says_so(activation, error, words):
+    A, B, u = problem(dtype=torch.float32)
+    with pytest.raises(error, match=re.escape(words)):
+        equilibrium(A, B, u, phi=activation)
+
+
+def test_a_triangular_model_refuses_an_activation_that_couples_units():
+    with pytest.raises(ValueError, match="each entry by itself"):
+        ImplicitFunctionTriu(activation=torch.nn.Softmax(-1))
+    ImplicitFunctionTriu(activation=torch.nn.LayerNorm(6))  # cannot be looked at before its size is known

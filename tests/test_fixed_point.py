@@ -296,3 +296,52 @@ def test_float32_agrees_with_float64():
     for exact, rounded in zip(*results, strict=True):
         assert rounded.dtype == torch.float32
         torch.testing.assert_close(rounded.double(), exact, rtol=FLOAT32, atol=FLOAT32)
+
+
+def graph(nodes=40, features=6, rate=0.95):
+    generator = torch.Generator().manual_seed(0)
+    G = (torch.rand(nodes, nodes, generator=generator) < 0.1).double()
+    G = ((G + G.T) > 0).double()
+    G /= torch.linalg.matrix_norm(G, 2)
+    W = rate * torch.linalg.qr(torch.randn(features, features, generator=generator, dtype=torch.float64))[0]
+    return G, W, torch.randn(nodes, features, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.95, 0.99])
+def test_rows_that_depend_on_each_other_are_solved_as_one(rate):
+    G, W, U = graph(rate=rate)
+    system = torch.eye(G.shape[0] * W.shape[0], dtype=torch.float64) - torch.kron(G, W.T.contiguous())
+    exact = torch.linalg.solve(system, U.flatten()).reshape(U.shape)
+    W.requires_grad_()
+    solution = fixed_point(lambda x: G @ x @ W + U, torch.zeros_like(U))
+    assert solution.residual.shape == solution.steps.shape == solution.converged.shape == (40,)
+    assert bool(solution.converged.all())
+    assert len(solution.residual.unique()) == 1
+    torch.testing.assert_close(solution.x.detach(), exact, rtol=0, atol=2e-5)
+    (found,) = torch.autograd.grad(solution.x.square().sum(), W)
+    adjoint = torch.linalg.solve(system.T, 2 * exact.flatten()).reshape(U.shape)
+    torch.testing.assert_close(found, (G @ exact).T @ adjoint, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_do_not_depend_on_each_other_have_numbers_of_their_own():
+    U = torch.tensor([[0.1], [100.0]], dtype=torch.float64)
+    solution = fixed_point(lambda x: 0.5 * torch.sin(x) + U, torch.zeros_like(U), solver=Picard(1e-6))
+    assert len(solution.residual.unique()) == 2
+
+
+def test_a_function_that_changes_its_argument_is_refused_and_the_start_is_as_it_was():
+    x0 = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="in place"):
+        fixed_point(lambda x: x.mul_(0.5).add_(1), x0)
+    assert not bool(x0.any())
+
+
+@pytest.mark.parametrize("solver", [Adaptive(), Newton(), Anderson()], ids=repr)
+def test_a_function_without_a_fixed_point_is_not_called_solved(solver):
+    solution = fixed_point(lambda x: x + 1, torch.ones(2, 3), solver=solver, on_failure="ignore")
+    assert not bool(solution.converged.any())
+
+
+def test_an_adjoint_asks_for_a_solver_when_it_is_made():
+    with pytest.raises(TypeError):
+        ImplicitAdjoint(Newton)

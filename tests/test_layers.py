@@ -23,6 +23,7 @@ BELOW = {
     "equilibrium": "errors checks transforms activations linalg solvers maps differentiation",
     "functions": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed",
     "nn": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed functions",
+    "sim": "errors checks activations linalg nn",
     "data": "errors",
     "training": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed "
     "functions nn data",
@@ -117,6 +118,8 @@ def test_a_file_imports_only_from_rooms_below(file):
         ("solvers", "differentiation"),
         ("nn", "training"),
         ("nn", "data"),
+        ("nn", "sim"),
+        ("sim", "training"),
     ],
 )
 def test_a_room_does_not_know_another_even_through_a_third(room, unknown):

@@ -19,7 +19,7 @@ class Activation:
         lipschitz: The largest slope, ``None`` if unknown. A constraint of radius ``kappa`` allows
             row sums up to ``kappa / lipschitz``, so that the whole map contracts with factor ``kappa``.
         derivative_of_output: :math:`\phi'(z)` written as a function of ``phi(z)``; saves the backward a product.
-        phi_: ``phi`` in place.
+        phi_: ``phi`` in place; then ``phi`` itself must leave its argument as it is.
         name: What ``repr`` shows.
     """
 
@@ -31,8 +31,9 @@ class Activation:
     name: str = "custom"
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Return ``phi(z)``."""
-        return self.phi(z)
+        """Return ``phi(z)``, and leave ``z`` as it is."""
+        # A callable may work in place, as nn.ReLU(inplace=True) does; one that has an in-place form beside it does not.
+        return self.phi(z if self.phi_ is not None else z.clone())
 
     def __repr__(self) -> str:
         return self.name
@@ -50,19 +51,19 @@ def _relu_slope_of_output(x: Tensor) -> Tensor:
     return torch.sign(x)  # outputs are not negative
 
 
-_LEAK = 0.01  # torch's default negative slope
+LEAK = 0.01  # torch's default negative slope
 
 
 def _leaky_slope(x: Tensor) -> Tensor:
-    return torch.where(x > 0, 1.0, _LEAK).to(x.dtype)
+    return torch.where(x > 0, 1.0, LEAK).to(x.dtype)
 
 
 def _leaky_relu(z: Tensor) -> Tensor:
-    return F.leaky_relu(z, _LEAK)
+    return F.leaky_relu(z, LEAK)
 
 
 def _leaky_relu_(z: Tensor) -> Tensor:
-    return F.leaky_relu_(z, _LEAK)
+    return F.leaky_relu_(z, LEAK)
 
 
 def _tanh_slope(z: Tensor) -> Tensor:
@@ -117,12 +118,27 @@ class _ComponentwiseDerivative:
     phi: Callable[[Tensor], Tensor]
 
     def __call__(self, z: Tensor) -> Tensor:
-        _, pull, *_ = torch.func.vjp(self.phi, z)
+        _, pull, *_ = torch.func.vjp(lambda z: self.phi(z.clone()), z)
         return pull(torch.ones_like(z))[0]
 
 
 def componentwise(activation: Activation) -> Activation:
-    """Return ``activation`` with its derivative from autograd, taken to act on each entry by itself."""
+    """Return ``activation`` with its derivative from autograd, for one that acts on each entry by itself.
+
+    Raises:
+        ValueError: If an entry of its result depends on another entry than its own.
+    """
+    z = torch.linspace(-1.3, 1.7, 5)
+    moved = torch.cat((z[:-1], z[-1:] + 0.25))
+    try:
+        separate = torch.equal(activation(z[None])[0, :-1], activation(moved[None])[0, :-1])
+    except RuntimeError:  # made for states of another size: cannot be looked at here
+        separate = True
+    if not separate:
+        raise ValueError(
+            f"`activation` must act on each entry by itself in a triangular model; got {activation!r}, which couples "
+            "them. Use ImplicitFunctionInf."
+        )
     return replace(activation, derivative=_ComponentwiseDerivative(activation.phi))
 
 
@@ -145,6 +161,11 @@ def resolve(activation: str | Activation | Callable[[Tensor], Tensor]) -> Activa
                 f"got {activation!r}."
             )
         return BY_NAME[activation]
+    if isinstance(activation, type):
+        raise TypeError(
+            f"`activation` must be a name, an Activation or a callable on tensors; got the class "
+            f"{activation.__name__}. Did you mean {activation.__name__}()?"
+        )
     if callable(activation):
         return Activation(activation, name=getattr(activation, "__name__", type(activation).__name__))
     raise TypeError(

@@ -14,7 +14,7 @@ from idl.activations import Activation
 from idl.differentiation.base import AbstractAdjoint, FailureReport, OnFailure
 from idl.differentiation.implicit import ImplicitAdjoint, without_autocast
 from idl.linalg.norms import inf_norm
-from idl.linalg.operators import Dense, StateMatrix, StrictlyUpper
+from idl.linalg.operators import Dense, StateMatrix, StrictlyUpper, to_precise
 from idl.maps.affine import AffineMap
 from idl.maps.base import Parameters, ParametricMap
 from idl.maps.closure import captured_tensors, with_captured
@@ -22,6 +22,7 @@ from idl.maps.general import GeneralMap
 from idl.maps.layout import StateLayout
 from idl.solvers.adaptive import Adaptive
 from idl.solvers.base import AbstractFixedPointSolver, Solution
+from idl.transforms import transforms_are_active
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -91,7 +92,8 @@ def fixed_point(
     outer scope. ``f`` must be deterministic, and the fixed point is found where ``f`` contracts or nearly does.
 
     Where every tensor of the state has two dimensions or more and the same first size, that dimension counts the
-    samples, each with its own residual; otherwise the state is one sample.
+    samples, each with its own residual; otherwise the state is one sample. Samples that are seen to depend on each
+    other, as the nodes of a graph do, are solved as one: their residual, steps and convergence are the same numbers.
 
     Args:
         f: Called as ``f(x, *params)``; returns a state of the structure and shapes of ``x``.
@@ -129,8 +131,13 @@ def _fixed_point(
     layout = StateLayout(x0)
     leaves, structure = pytree.tree_flatten(params)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    captured, image = captured_tensors(f, (x0, *params))
+    start = pytree.tree_map(Tensor.clone, x0)
+    captured, image = captured_tensors(f, (start, *params))
     layout.check(image)
+    if any(leaf._version for leaf in pytree.tree_leaves(start)):
+        raise ValueError("`f` must not change its argument in place; write x * 0.5 instead of x.mul_(0.5).")
+    if layout.batched and not transforms_are_active() and _rows_couple(f, x0, params, image):
+        layout = layout.as_one_row()
     tensors = [leaves[i] for i in places]
 
     def function(x: Tensor, *values: Tensor) -> Tensor:
@@ -142,12 +149,32 @@ def _fixed_point(
 
     parametric, parameters = GeneralMap(function), (*tensors, *captured)
     # The run that found what f reads is the first step.
-    start = layout.pack(image).detach()
-    x, steps, converged = adjoint.fixed_point(parametric, solver, start, parameters, report)
+    first = layout.pack(image).detach()
+    x, steps, converged = adjoint.fixed_point(parametric, solver, first, parameters, report)
     residual = _measured_residual(parametric, parameters, x)
-    if not layout.batched:
-        residual, steps, converged = residual[0], steps[0], converged[0]
+    residual, steps, converged = (layout.a_number_each(part) for part in (residual, steps, converged))
     return Solution(layout.unpack(x), residual, steps, converged)
+
+
+def _rows_couple(f: Callable[..., Any], x0: Any, params: tuple[Any, ...], image: Any) -> bool:
+    """Return whether some row of ``f(x0)`` is seen to depend on another row of ``x0``.
+
+    One evaluation, at a point where a random half of the rows is moved: the others must not notice.
+    """
+    rows = len(pytree.tree_leaves(x0)[0])
+    if rows < 2:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    moved = torch.rand(rows, generator=generator).argsort() < rows // 2
+
+    def push(leaf: Tensor) -> Tensor:
+        away = torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf)
+        return torch.where(moved.to(leaf.device).reshape(-1, *[1] * (leaf.dim() - 1)), leaf + away, leaf).detach()
+
+    with torch.no_grad():
+        pushed = f(pytree.tree_map(push, x0), *params)
+    pairs = zip(pytree.tree_leaves(pushed), pytree.tree_leaves(image), strict=True)
+    return any(not torch.allclose(a[~moved], b[~moved], rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in pairs)
 
 
 _GENERAL_ADVICE = (
@@ -167,13 +194,20 @@ class Attempt(NamedTuple):
     converged: Tensor
     parametric: ParametricMap
     parameters: Parameters
+    inputs: tuple[Tensor, Tensor, Tensor | None]
+    """``u``, ``B`` and bias, of which the first parameter was made."""
 
     def measured(self, kappa: float | None = None) -> Solution:
         """Return the solution; where the map contracts by ``kappa`` it says how far ``x`` is from the fixed point."""
         batch = self.x.shape[:-1]
         rows = self.x.to(self.rows.dtype).reshape(self.rows.shape)  # rounded, as it is returned
-        residual = _measured_residual(self.parametric, self.parameters, rows)
-        bound = None if kappa is None else (residual / (1 - kappa)).reshape(batch)
+        parameters, affine = self.parameters, isinstance(self.parametric, AffineMap)
+        if affine:  # rounding of B u moves the equilibrium too, and the bound must know of it
+            with torch.no_grad(), without_autocast(rows.device):
+                u, B, bias = (None if t is None else to_precise(t) for t in self.inputs)
+                parameters = (F.linear(u, B, bias).reshape(rows.shape), *parameters[1:])
+        residual = _measured_residual(self.parametric, parameters, rows)
+        bound = None if kappa is None or not affine else (residual / (1 - kappa)).reshape(batch)
         return Solution(
             self.x, residual.reshape(batch), self.steps.reshape(batch), self.converged.reshape(batch), bound
         )
@@ -204,7 +238,7 @@ def attempt(
     start = None if x0 is None else x0.to(precision).expand(Z.shape).reshape(rows.shape)
     parametric: ParametricMap
     parameters: Parameters
-    learned = [] if phi in activations.BY_NAME.values() else captured_tensors(phi, (rows.to(u.dtype),))[0]
+    learned = [] if phi in activations.BY_NAME.values() else _learned(phi, rows.to(u.dtype))
     if phi.derivative is not None and not any(tensor.requires_grad for tensor in learned):
         parametric, parameters = AffineMap(type(state_matrix), phi), (rows, *tensors)
     else:  # autograd has to see all of phi: its derivative, or what it has learned
@@ -220,7 +254,16 @@ def attempt(
     result = x.to(dtype)
     if Z.dim() != 2:
         result = result.reshape(Z.shape)
-    return Attempt(result, x, steps, converged, parametric, parameters)
+    return Attempt(result, x, steps, converged, parametric, parameters, (u, B, bias))
+
+
+def _learned(phi: Activation, z: Tensor) -> list[Tensor]:
+    """Return the tensors that an activation reads, after a look at what it returns."""
+    learned, image = captured_tensors(phi, (z,))
+    if not isinstance(image, Tensor) or image.shape != z.shape:
+        got = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
+        raise ValueError(f"`activation` must return a tensor of the shape of its argument {tuple(z.shape)}; got {got}.")
+    return learned
 
 
 def _composed(kind: type[StateMatrix], phi: Activation, count: int, captured: list[Tensor]) -> Callable[..., Tensor]:

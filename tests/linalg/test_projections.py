@@ -126,3 +126,10 @@ def test_a_row_that_is_not_finite_stays_visible_and_leaves_the_others_alone(valu
     P = project_rows_l1(A, 1.0)
     assert torch.equal(P[[0, 2]], torch.tensor([[1.0, 0.0], [0.1, 0.2]]))
     assert not bool(P[1].isfinite().all())
+
+
+@pytest.mark.parametrize("size", [1e8, 1e16, 1e30])
+def test_rows_far_outside_the_ball_are_projected_too(size):
+    A = torch.tensor([[size, 0.0, -0.5 * size], [size, size, -size], [0.1, 0.2, 0.3]], dtype=torch.float64)
+    expected = torch.tensor([[0.9, 0, 0], [0.3, 0.3, -0.3], [0.1, 0.2, 0.3]], dtype=torch.float64)
+    torch.testing.assert_close(project_rows_l1(A, 0.9), expected, rtol=1e-9, atol=0)

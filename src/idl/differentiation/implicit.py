@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from idl import checks
 from idl.differentiation.base import AbstractAdjoint, FailureReport
 from idl.maps.base import Parameters, ParametricMap, front
 from idl.solvers.adaptive import Adaptive
@@ -31,6 +32,9 @@ class ImplicitAdjoint(AbstractAdjoint):
     """
 
     solver: AbstractFixedPointSolver = field(default_factory=lambda: Adaptive(atol=0.0, rtol=3e-6))
+
+    def __post_init__(self) -> None:
+        checks.instance("solver", self.solver, AbstractFixedPointSolver, "Try Adaptive(atol=0.0, rtol=3e-6).")
 
     def fixed_point(
         self,

@@ -37,13 +37,17 @@ def project_rows_l1(A: Tensor, radius: float) -> Tensor:
     # In float64, since A - tau sign(A) cancels where the magnitudes are far above the radius.
     precise = to_precise(A)
     magnitudes = precise.abs()
+    outside = ~(magnitudes.detach().sum(1, keepdim=True) <= radius)
+    # Entries more than the radius below the largest end at zero. Without what the others have in common no magnitude,
+    # however large, makes the radius vanish in a sum.
+    largest = magnitudes.detach().amax(1, keepdim=True)
+    magnitudes = torch.where(largest > radius, (magnitudes - largest + radius).clamp_min(0), magnitudes)
     tau = l1_ball_threshold(magnitudes.detach(), radius)
-    outside = tau > 0
     support = magnitudes > tau
     # tau again, now as a differentiable function of the row: (sum over the support - radius) / size of the support.
     sums = torch.where(support, magnitudes, 0).sum(1, keepdim=True)
     tau = torch.where(outside, (sums - radius) / support.sum(1, keepdim=True).clamp_min(1), 0)
-    projected = torch.where(support, precise - tau * torch.sign(precise), 0).to(A.dtype)
+    projected = torch.where(support, (magnitudes - tau) * torch.sign(precise), 0).to(A.dtype)
     # What rounding left outside the ball is taken back, so that projecting again changes nothing. A row that is not
     # finite has no support and becomes 0 / 0 here, which is NaN.
     reached = to_precise(projected.detach()).abs().sum(1, keepdim=True)

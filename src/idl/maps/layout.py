@@ -1,5 +1,6 @@
 """How a state, any nest of tensors, is the one matrix ``(rows, n)`` that solvers see, and back."""
 
+import copy
 from typing import Any
 
 import torch
@@ -32,8 +33,18 @@ class StateLayout:
         checks.same_device_and_dtype(named)
         self.shapes = [leaf.shape for leaf in leaves]
         self.batched = all(len(s) >= 2 and s[0] == self.shapes[0][0] for s in self.shapes)
-        self.rows = self.shapes[0][0] if self.batched else 1
+        self.rows = self.samples = self.shapes[0][0] if self.batched else 1
         self.sizes = [s[1:].numel() if self.batched else s.numel() for s in self.shapes]
+
+    def as_one_row(self) -> "StateLayout":
+        """Return the layout that takes all samples for one row."""
+        layout = copy.copy(self)
+        layout.samples, layout.rows, layout.sizes = self.rows, 1, [s.numel() for s in self.shapes]
+        return layout
+
+    def a_number_each(self, values: Tensor) -> Tensor:
+        """Return for each sample its number, from the numbers of the rows."""
+        return values[0] if not self.batched else values.expand(self.samples)
 
     def pack(self, state: Any) -> Tensor:
         """Return the state as one matrix."""

@@ -17,11 +17,12 @@ class Solution:
 
     Attributes:
         x: The fixed point, of the shape of the state.
-        residual: ``|f(x) - x|`` at the returned ``x``, largest entry, evaluated in float64 where the device has it.
+        residual: ``|f(x) - x|`` at the returned ``x``, largest entry. Evaluated in float64, from ``u`` on, where the
+            activation has a known derivative and the device has float64; else in the precision of the solve.
         steps: Applications of the map, or of its linearisation, that were spent.
         converged: Whether the estimated error reached the tolerance (or the rounding floor of the dtype).
         error_bound: Proved bound on the largest entry of ``|x - x*|``, ``residual / (1 - kappa)``, where the map is
-            known to contract by ``kappa`` in the max norm; ``None`` where nothing is proved.
+            known to contract by ``kappa`` in the max norm; ``None`` where nothing is proved or the residual is rounded.
     """
 
     x: Any
@@ -182,6 +183,16 @@ def largest_ratio(sizes: Tensor, tolerance: Tensor) -> float:
     return float((sizes / tolerance).max()) if sizes.shape[0] else 0.0
 
 
-def rounding_floor(problem: Problem, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the accuracy that rounding permits for each row: a few units in the last place of ``x``."""
-    return 4.0 * torch.finfo(dtype).eps * problem.norm(x)
+def rounding_floor(problem: Problem, x: Tensor, first: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the accuracy that rounding permits for each row: a few units in the last place of ``x``.
+
+    A row that has grown ten thousand times over its first image is not close to a fixed point because its steps are
+    small beside it.
+    """
+    size = torch.minimum(problem.norm(x), 1e4 * (1 + problem.norm(first).to(x.dtype)))
+    return 4.0 * torch.finfo(dtype).eps * size
+
+
+def has_run_away(problem: Problem, x: Tensor, first: Tensor) -> Tensor:
+    """Return which rows are so large beside their first image that ``f(x) = x`` can only be rounding."""
+    return problem.norm(x) > 1e6 * (1 + problem.norm(first).to(x.dtype))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from idl.solvers.base import AbstractFixedPointSolver, Problem, rounding_floor
+from idl.solvers.base import AbstractFixedPointSolver, Problem, has_run_away, rounding_floor
 
 _UNWATCHED = 16  # steps in which a solve that goes well keeps no record of its best iterate
 
@@ -43,7 +43,7 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
     before = math.inf
     first = state.x
     while True:
-        if state.settled:
+        if state.settled and (spent <= _UNWATCHED or not bool(has_run_away(problem, state.x, first).any())):
             if ended_rows is None:
                 settled = torch.ones(rows, dtype=torch.bool, device=state.x.device)
                 return Iterate(state.x.to(dtype), _filled(settled, spent), settled, True, state.rate)
@@ -52,7 +52,8 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
         # While every row is finite and the worst of them improves, the newest iterate is the best: nothing to note.
         improves = state.worst < before or state.worst == before == math.inf
         if best is not None or not improves or spent > _UNWATCHED or spent >= solver.max_steps:
-            best = _Best.begin(first, problem, state, dtype) if best is None else best.updated(problem, state, dtype)
+            done = _done(problem, first, state, dtype)
+            best = _Best.begin(first, state, done) if best is None else best.updated(state, done)
             ended = best.settled | best.residual.isnan()
             if spent >= solver.max_steps or bool(ended.all()):
                 break
@@ -84,7 +85,7 @@ class _Best(NamedTuple):
     settled: Tensor
 
     @staticmethod
-    def begin(first: Tensor, problem: Problem, state: Any, dtype: torch.dtype) -> "_Best":
+    def begin(first: Tensor, state: Any, done: Tensor) -> "_Best":
         """Return the present iterates; a row whose first image was not finite is lost, and is NaN."""
         lost, finite = ~first.isfinite().all(1), state.x.isfinite().all(1)
         x = torch.where(finite[:, None], state.x, first)
@@ -92,12 +93,11 @@ class _Best(NamedTuple):
         return _Best(
             torch.where(lost[:, None], torch.nan, x),
             torch.where(lost, torch.nan, residual),
-            _done(problem, state, dtype),
+            done,
         )
 
-    def updated(self, problem: Problem, state: Any, dtype: torch.dtype) -> "_Best":
+    def updated(self, state: Any, done: Tensor) -> "_Best":
         """Return the better of these and the present iterates, row by row."""
-        done = _done(problem, state, dtype)
         better = state.residual.isfinite() & (state.residual <= self.residual) | (done & ~self.settled)
         return _Best(
             torch.where(better[:, None], state.x, self.x),
@@ -121,13 +121,13 @@ def _filled(like: Tensor, steps: int) -> Tensor:
     return torch.full_like(like, steps, dtype=torch.int64)
 
 
-def _done(problem: Problem, state: Any, dtype: torch.dtype) -> Tensor:
+def _done(problem: Problem, first: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     """Return which rows are within their tolerance or down at rounding."""
-    floor = rounding_floor(problem, state.x, dtype)
+    floor = rounding_floor(problem, state.x, first, dtype)
     # A state held in higher precision is worth going on with: its error, not its step, must reach the floor.
     at_floor = (state.residual if state.x.dtype == dtype else state.error) <= floor
     done: Tensor = ((state.error <= state.tolerance) | at_floor) & state.residual.isfinite()
-    return done
+    return done & ~has_run_away(problem, state.x, first)
 
 
 def _rows_of(values: Any, rows: Tensor) -> Any:

@@ -67,7 +67,7 @@ class Newton(AbstractFixedPointSolver):
     def step(self, problem: Problem, state: NewtonState, budget: int) -> tuple[NewtonState, int]:
         """Take one Newton step, all rows at once."""
         defect = (state.point - state.x).to(state.slope.dtype)
-        correction, spent = self._solve(problem, state.slope, defect, budget)
+        correction, failed, spent = self._solve(problem, state.slope, defect, budget)
         lost = (state.stale >= _STALE_STEPS) & (state.residual > 0) | ~state.residual.isfinite()
         point = torch.where(lost[:, None], state.best_x, state.point - correction)
         value, slope = problem.linearise(point)
@@ -75,7 +75,7 @@ class Newton(AbstractFixedPointSolver):
         # The correction was the error. What is left of it shrinks as the residual does, but for slow directions, which
         # hardly show in a residual: no more than a tenfold gain is believed. A row without residual is solved.
         error = problem.norm(correction) * (residual / state.residual).clamp_min(0.1)
-        error = torch.where(state.residual == 0, 0, torch.where(lost, torch.inf, error))
+        error = torch.where(state.residual == 0, 0, torch.where(lost | failed, torch.inf, error))
         better = residual < state.best_residual
         return NewtonState(
             value,
@@ -92,9 +92,11 @@ class Newton(AbstractFixedPointSolver):
             torch.where(better | lost, 0, state.stale + 1),
         ), spent + 1
 
-    def _solve(self, problem: Problem, slope: Tensor, defect: Tensor, budget: int) -> tuple[Tensor, int]:
+    def _solve(self, problem: Problem, slope: Tensor, defect: Tensor, budget: int) -> tuple[Tensor, Tensor, int]:
+        """Return the correction of each row, where it solves nothing, and the products that took."""
         if problem.solve_is_cheap:
-            return problem.solve(slope, defect), 1
+            correction = problem.solve(slope, defect)
+            return correction, torch.zeros_like(defect[:, 0], dtype=torch.bool), 1
         correction, reduction, products = gcr(
             lambda v: v - problem.product(slope, v),
             defect,
@@ -104,5 +106,6 @@ class Newton(AbstractFixedPointSolver):
         stalled = reduction > 0.5
         if problem.can_solve and bool(stalled.any()):
             correction[stalled] = problem.solve(slope[stalled], defect[stalled])
+            stalled = torch.zeros_like(stalled)
             products += 1
-        return correction, products
+        return correction, stalled, products

@@ -204,8 +204,9 @@ class Attempt(NamedTuple):
         parameters, affine = self.parameters, isinstance(self.parametric, AffineMap)
         if affine:  # rounding of B u moves the equilibrium too, and the bound must know of it
             with torch.no_grad(), without_autocast(rows.device):
-                u, B, bias = (None if t is None else to_precise(t) for t in self.inputs)
-                parameters = (F.linear(u, B, bias).reshape(rows.shape), *parameters[1:])
+                u, B, bias = self.inputs
+                Z = F.linear(to_precise(u), to_precise(B), None if bias is None else to_precise(bias))
+                parameters = (Z.reshape(rows.shape), *parameters[1:])
         residual = _measured_residual(self.parametric, parameters, rows)
         bound = None if kappa is None or not affine else (residual / (1 - kappa)).reshape(batch)
         return Solution(

@@ -6,12 +6,14 @@ from idl.equilibrium import equilibrium, fixed_point
 from idl.errors import ConvergenceError, ConvergenceWarning
 from idl.functions import ImplicitFunction, ImplicitFunctionInf, ImplicitFunctionTriu
 from idl.nn import ImplicitModel
+from idl.sim import SIM
 from idl.solvers import Adaptive, Anderson, BackSubstitution, Newton, Picard, Solution
 from idl.wellposed import Free, InfNorm, InfNormProjection, StrictlyTriangular
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SIM",
     "Activation",
     "Adaptive",
     "Anderson",

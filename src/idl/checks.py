@@ -30,6 +30,14 @@ def non_negative(name: str, value: object) -> float:
     return number
 
 
+def positive(name: str, value: object) -> float:
+    """Return ``value`` if it is a finite real number above 0."""
+    number = _real(name, value)
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"`{name}` must be finite and > 0; got {value!r}.")
+    return number
+
+
 def in_open_unit(name: str, value: object, advice: str = "") -> float:
     """Return ``value`` if it lies strictly between 0 and 1."""
     number = _real(name, value)

@@ -7,3 +7,7 @@ class ConvergenceError(RuntimeError):
 
 class ConvergenceWarning(RuntimeWarning):
     """Some sample has no fixed point to the asked accuracy; the best iterate was returned."""
+
+
+class CaptureError(ValueError):
+    """A teacher uses an operation that has no place in an implicit model."""

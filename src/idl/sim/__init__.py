@@ -1,0 +1,6 @@
+"""State-driven implicit modelling: convex training from the states of a pretrained network."""
+
+from idl.sim.certificate import Certificate, WeightsKept
+from idl.sim.sim import SIM
+
+__all__ = ["SIM", "Certificate", "WeightsKept"]

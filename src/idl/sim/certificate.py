@@ -1,0 +1,86 @@
+"""What a state-driven model can prove of itself."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from idl.sim.solvers.base import RowSolution
+
+
+@dataclass(frozen=True)
+class WeightsKept:
+    """Non-zero weights of the model, and the number of weights of its teacher."""
+
+    A: int
+    B: int
+    C: int
+    D: int
+    teacher: int
+
+    @property
+    def total(self) -> int:
+        """Non-zeros of A, B, C and D."""
+        return self.A + self.B + self.C + self.D
+
+    @property
+    def fraction(self) -> float:
+        """Non-zeros of A, B, C and D over the weights of the teacher."""
+        return self.total / self.teacher
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How close each row is to the optimum of its convex problem, and what the whole is worth.
+
+    Attributes:
+        states: Rows of ``[A B]``: objective, proved lower bound and relative gap of the penalised problem.
+        outputs: The same for the rows of ``[C D]``.
+        tol: Relative gap that was asked.
+        row_sums: ``sum_j |A_ij|`` of each row as stored, in float64.
+        kappa: Bound on them.
+        weights_kept: How sparse it is.
+        explained: Part of the variation of each of the teacher's outputs that the model reproduces, in float64 from the
+            second moments on the training inputs; 1 is agreement.
+        rescaling: How the teacher's states were rescaled before.
+        samples: Number of samples seen.
+    """
+
+    states: RowSolution
+    outputs: RowSolution
+    tol: float
+    row_sums: Float[Tensor, " n"]
+    kappa: float
+    weights_kept: WeightsKept
+    explained: Float[Tensor, " q"]
+    rescaling: str
+    samples: int
+
+    @property
+    def feasible(self) -> bool:
+        """Whether no row sum is above ``kappa``, exactly."""
+        return bool((self.row_sums <= self.kappa).all())
+
+    @property
+    def uncertified(self) -> tuple[list[int], list[int]]:
+        """Rows of ``[A B]`` and of ``[C D]`` whose gap is above ``tol``."""
+        first, second = ((~(part.gap <= self.tol)).nonzero()[:, 0].tolist() for part in (self.states, self.outputs))
+        return first, second
+
+    def __str__(self) -> str:
+        """Return a few lines for people."""
+        kept, missing = self.weights_kept, self.uncertified
+        gaps = torch.cat((self.states.gap, self.outputs.gap))
+        open_rows = "".join(
+            f"\n  not certified: {len(rows)} rows of {name}, gap up to {float(part.gap[rows].max()):.1e}"
+            for name, rows, part in (("[A B]", missing[0], self.states), ("[C D]", missing[1], self.outputs))
+            if rows
+        )
+        return (
+            f"{len(gaps)} rows, relative gap at most {float(gaps.max()):.1e} (asked {self.tol:g}){open_rows}\n"
+            f"max row sum of |A| {float(self.row_sums.max()):.6f} <= {self.kappa:g}\n"
+            f"weights kept: A {kept.A}, B {kept.B}, C {kept.C}, D {kept.D}: {kept.total} of the teacher's "
+            f"{kept.teacher} ({100 * kept.fraction:.1f} %)\n"
+            f"outputs explained: {100 * float(self.explained.mean()):.2f} % on {self.samples} samples"
+        )

@@ -1,0 +1,329 @@
+"""SIM: a pretrained network's states turn training into a convex problem."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from idl import checks
+from idl.nn import ImplicitModel
+from idl.sim import rescaling
+from idl.sim.capture import Matrices, Teacher
+from idl.sim.certificate import Certificate, WeightsKept
+from idl.sim.debias import debias
+from idl.sim.moments import Moments, accumulate
+from idl.sim.problem import RowProblem
+from idl.sim.solvers.base import AbstractRowSolver, RowSolution
+from idl.sim.solvers.hybrid import Hybrid
+
+Rescaling = Literal["unit_variance", "layerwise", "closed_form"]
+_ROUNDING = 1e-6  # by which stored row sums stay below kappa, so that float32 sums do too
+
+
+class SIM:
+    r"""Turn a pretrained feed-forward network into a sparse, well-posed implicit model, by convex optimisation.
+
+    State-driven implicit modelling (Tsai et al., arXiv 2209.09389). The teacher's pre-activations ``Z``, activations
+    ``X``, inputs ``U`` and outputs ``Y`` on training inputs are recorded, and each row of the model is fitted alone:
+
+    .. math::
+        \min_{a, b} \tfrac{1}{2m} |z - Xa - Ub|^2 + \lambda (|a|_1 + |b|_1) \quad \text{s.t.} \quad |a|_1 \le \kappa
+
+    with samples as rows, and the rows of ``C, D`` likewise without the ball. No label and no backpropagation is used.
+
+    Args:
+        solver: Method of the rows.
+        kappa: Bound on the row sums of ``|A|``, in (0, 1).
+        lam: Weight of the penalty, above 0; its meaning does not change with the number of samples.
+        l1_ratio: Part of the penalty that is :math:`|w|_1`, in (0, 1]; the rest is :math:`|w|_2^2 / 2`.
+        rescale: How the states' units are changed first, which no prediction sees: ``True`` means
+            ``"unit_variance"``. Only for ReLU and leaky ReLU; other teachers keep theirs.
+        debias: Whether to fit the weights once more on the support found, without the penalty and inside the ball.
+        refit: Whether to fit ``C`` and ``D`` on the equilibrium's own states instead of the teacher's.
+        layers: Names of the activations that become states; all if ``None``.
+
+    Attributes:
+        model_: The implicit model, after :meth:`fit`.
+        certificate_: Objective and duality gap of each row, feasibility, weights kept.
+
+    Raises:
+        TypeError, ValueError: If an argument is out of range.
+
+    Example:
+        >>> teacher = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+        >>> sim = SIM(lam=1e-4).fit(teacher, [torch.randn(200, 8)])
+        >>> sim.certificate_.feasible
+        True
+    """
+
+    model_: ImplicitModel
+    certificate_: Certificate
+
+    def __init__(
+        self,
+        solver: AbstractRowSolver | None = None,
+        kappa: float = 0.99,
+        lam: float = 1e-3,
+        l1_ratio: float = 1.0,
+        rescale: bool | Rescaling = True,
+        debias: bool = True,
+        refit: bool = True,
+        *,
+        layers: Sequence[str] | None = None,
+    ) -> None:
+        solver = Hybrid() if solver is None else solver
+        self.solver = checks.instance("solver", solver, AbstractRowSolver, "Try idl.sim.solvers.Hybrid().")
+        self.kappa = checks.in_open_unit("kappa", kappa)
+        self.lam = checks.positive("lam", lam)
+        self.l1_ratio = checks.in_half_open_unit("l1_ratio", l1_ratio)
+        if not isinstance(rescale, bool):
+            checks.one_of("rescale", rescale, ("unit_variance", "layerwise", "closed_form"))
+        self.rescale, self.debias, self.refit, self.layers = rescale, debias, refit, layers
+
+    def fit(self, teacher: nn.Module, loader: Iterable[Any]) -> "SIM":
+        """Fit :attr:`model_` to a teacher on the inputs of a loader, which is passed over twice.
+
+        Args:
+            teacher: A feed-forward network: one kind of activation, and between activations what is affine. It is left
+                as it was.
+            loader: Yields batches of inputs, or of pairs ``(inputs, labels)``; labels are not used.
+
+        Returns:
+            ``self``.
+
+        Raises:
+            CaptureError: If an operation of the teacher has no place in an implicit model.
+            ValueError: If the loader is empty, changes shapes, or a state is not finite.
+        """
+        recorded = record(teacher, loader, self.layers)
+        states = self._state_rows(recorded)
+        self.model_ = states.model
+        outputs, explained = self._output_rows(recorded, loader)
+        self.certificate_ = Certificate(
+            states.solution,
+            outputs,
+            self.solver.tol,
+            self.model_.A.detach().double().abs().sum(1),
+            self.kappa,
+            _kept(self.model_, recorded.teacher.weights),
+            explained,
+            states.rescaling,
+            recorded.moments.samples,
+        )
+        return self
+
+    def predict(self, u: Tensor) -> Float[Tensor, "batch q"]:
+        """Return the outputs of :attr:`model_` for inputs, without a gradient."""
+        with torch.no_grad():
+            prediction: Tensor = self._fitted()(u)
+        return prediction
+
+    def score(self, loader: Iterable[Any]) -> float:
+        """Return the part of the labels that :attr:`model_` predicts.
+
+        Args:
+            loader: Yields pairs of inputs and integer labels.
+        """
+        right = total = 0
+        for batch in loader:
+            if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+                raise TypeError("`loader` must yield pairs (inputs, labels) to be scored; got inputs alone.")
+            guess = self.predict(batch[0]).argmax(1)
+            right += int((guess == batch[1].to(guess.device)).sum())
+            total += len(guess)
+        if not total:
+            raise ValueError("`loader` must yield at least one sample; got none.")
+        return right / total
+
+    def _fitted(self) -> ImplicitModel:
+        if not hasattr(self, "model_"):
+            raise ValueError("this SIM has no model yet; call fit(teacher, loader) first.")
+        return self.model_
+
+    def _state_rows(self, recorded: "Recorded") -> "_States":
+        """Solve for A and B and put them into a model whose C and D are still missing."""
+        scale, name = self._scale(recorded)
+        n = len(scale)
+        moments = recorded.state_moments.scaled(torch.cat((scale, scale.new_ones(recorded.inputs))), scale)
+        centred = moments.centred() if recorded.biased else moments
+        problem = self._problem(centred, ball=n)
+        solution = self.solver.solve(problem)
+        W = debias(problem, solution.W) if self.debias else solution.W
+        model = self._empty_model(recorded, n)
+        with torch.no_grad():
+            stored = _inside(W[:, :n], self.kappa)
+            model.A[:n, :n], model.B[:n] = stored.to(model.A), W[:, n:].to(model.B)
+            if model.bias is not None:
+                model.bias[:n] = (moments.mean_T - W @ moments.mean_S).to(model.bias)
+                model.bias[n:] = 1  # the unit that carries the bias of the outputs
+        return _States(model, solution, name)
+
+    def _output_rows(self, recorded: "Recorded", loader: Iterable[Any]) -> tuple[RowSolution, Tensor]:
+        """Solve for C and D; return the rows' solution and the part of the outputs that the model explains."""
+        model, teacher = self.model_, recorded.teacher
+        n = model.hidden_dim - (1 if recorded.biased else 0)
+        pairs = (
+            (torch.cat((_states(model, u)[:, :n], recording.U), 1), recording.Y)
+            for u, recording in _recordings(teacher, loader)
+        )
+        equilibrium = accumulate(pairs, last=recorded.moments.gram[recorded.states :, recorded.states :])
+        _check_same_inputs(equilibrium, recorded)
+        moments = equilibrium if self.refit else recorded.output_moments
+        centred = moments.centred() if recorded.biased else moments
+        problem = self._problem(centred, ball=0)
+        solution = self.solver.solve(problem)
+        W = debias(problem, solution.W) if self.debias else solution.W
+        assert model.D is not None
+        with torch.no_grad():
+            model.C[:, :n], model.D[:] = W[:, :n].to(model.C), W[:, n:].to(model.D)
+            if recorded.biased:
+                constant = model.f.activation(torch.ones(()))
+                model.C[:, n] = (moments.mean_T - W @ moments.mean_S).to(model.C) / constant
+            W = torch.cat((model.C[:, :n], model.D), 1).double()
+        test = self._problem(equilibrium.centred(), ball=0)
+        unexplained = 2 * test.objective(W, test.residual_correlations(W)) - 2 * W.abs() @ test.penalty
+        return solution, 1 - unexplained / test.energies.clamp_min(torch.finfo(torch.float64).tiny)
+
+    def _problem(self, moments: Moments, ball: int) -> RowProblem:
+        gram = moments.gram
+        if self.l1_ratio < 1:
+            ridge = self.lam * (1 - self.l1_ratio)
+            gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        penalty = torch.full_like(moments.mean_S, self.lam * self.l1_ratio)
+        return RowProblem(gram, moments.cross, moments.energies, penalty, ball, self.kappa)
+
+    def _scale(self, recorded: "Recorded") -> tuple[Tensor, str]:
+        """Return the factor of each state, and how it was chosen."""
+        A, energies = recorded.matrices.A, recorded.state_moments.energies
+        sizes = [layer.units for layer in recorded.teacher.layers[::-1]]
+        subset = len(recorded.teacher.layers) < len(recorded.teacher.all_layers)
+        if not self.rescale or recorded.teacher.activation.name not in rescaling.HOMOGENEOUS:
+            return torch.ones_like(energies), "none"
+        if subset:  # what lies between the layers kept is not linear: there is no matrix to bring below kappa
+            A = torch.zeros(len(energies), len(energies), dtype=A.dtype)
+        A = A.to(energies)
+        if self.rescale == "layerwise":
+            return rescaling.layerwise(A, sizes, self.kappa), "layerwise"
+        if self.rescale == "closed_form":
+            return rescaling.closed_form(A, self.kappa), "closed_form"
+        return rescaling.unit_variance(A, sizes, energies, self.kappa), "unit_variance"
+
+    def _empty_model(self, recorded: "Recorded", n: int) -> ImplicitModel:
+        model = ImplicitModel(
+            n + (1 if recorded.biased else 0),
+            recorded.inputs,
+            len(recorded.output_moments.energies),
+            activation=recorded.teacher.activation,
+            kappa=self.kappa,
+            bias=recorded.biased,
+        )
+        dtype = torch.float64 if recorded.teacher.dtype == torch.float64 else torch.float32
+        model.to(device=recorded.moments.gram.device, dtype=dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        return model
+
+
+@dataclass(frozen=True)
+class _States:
+    model: ImplicitModel
+    solution: RowSolution
+    rescaling: str
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A teacher, and the moments of regressors ``[X U]`` and targets ``[Z Y]`` on the samples of a loader."""
+
+    teacher: Teacher
+    matrices: Matrices
+    moments: Moments
+    states: int
+    inputs: int
+
+    @property
+    def biased(self) -> bool:
+        """Whether the teacher has a bias anywhere."""
+        return bool(self.matrices.b.any() or self.matrices.d.any())
+
+    @property
+    def state_moments(self) -> Moments:
+        """Moments of ``[X U]`` and ``Z``."""
+        return _targets(self.moments, slice(None, self.states))
+
+    @property
+    def output_moments(self) -> Moments:
+        """Moments of ``[X U]`` and ``Y``."""
+        return _targets(self.moments, slice(self.states, None))
+
+
+def record(teacher: nn.Module, loader: Iterable[Any], layers: Sequence[str] | None = None) -> Recorded:
+    """Run a teacher on all inputs of a loader once, and keep second moments only."""
+    if iter(loader) is loader:
+        raise TypeError("`loader` must be iterable twice, as a DataLoader or a list of batches is; got an iterator.")
+    first = next(iter(loader), None)
+    if first is None:
+        raise ValueError("`loader` must yield at least one batch; got none.")
+    watched = Teacher(teacher, _inputs(first, teacher), layers)
+    moments = accumulate(
+        (torch.cat((recording.X, recording.U), 1), torch.cat((recording.Z, recording.Y), 1))
+        for _, recording in _recordings(watched, loader)
+    )
+    states = sum(layer.units for layer in watched.layers)
+    return Recorded(watched, watched.matrices(), moments, states, len(moments.gram) - states)
+
+
+def _check_same_inputs(again: Moments, recorded: Recorded) -> None:
+    """Check that the second pass saw the inputs of the first, which share a Gram matrix."""
+    mean, before = again.mean_S[-recorded.inputs :], recorded.moments.mean_S[-recorded.inputs :]
+    if again.samples != recorded.moments.samples or not torch.allclose(mean, before, rtol=1e-9, atol=1e-12):
+        raise ValueError(
+            "`loader` must yield the same samples each time it is passed over, in any order; the second pass differed. "
+            "Leave random augmentation and sampling out, or make a list of the batches first."
+        )
+
+
+def _targets(moments: Moments, which: slice) -> Moments:
+    m = moments
+    return Moments(m.gram, m.cross[which], m.energies[which], m.mean_S, m.mean_T[which], m.samples)
+
+
+def _recordings(teacher: Teacher, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
+    for batch in loader:
+        u = _inputs(batch, teacher.module)
+        if tuple(u.shape[1:]) != teacher.input_shape:
+            raise ValueError(
+                f"`loader` must yield batches of one shape; after samples of shape {teacher.input_shape} came "
+                f"{tuple(u.shape[1:])}."
+            )
+        if len(u):
+            yield u, teacher.record(u)
+
+
+def _inputs(batch: Any, teacher: nn.Module) -> Tensor:
+    u = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    u = checks.floating_tensor("loader", u)
+    parameter = next(teacher.parameters(), None)
+    return u if parameter is None else u.to(parameter.device)
+
+
+def _states(model: ImplicitModel, u: Tensor) -> Tensor:
+    with torch.no_grad():
+        x: Tensor = model.f(model.A, model.B, u.flatten(1).to(model.A), bias=model.bias)
+    return x
+
+
+def _kept(model: ImplicitModel, teacher: int) -> WeightsKept:
+    assert model.D is not None
+    A, B, C, D = (int(matrix.count_nonzero()) for matrix in (model.A, model.B, model.C, model.D))
+    return WeightsKept(A, B, C, D, teacher)
+
+
+def _inside(A: Tensor, kappa: float) -> Tensor:
+    """Return ``A`` with rows that rounding to float32 might take over ``kappa`` shrunk by a few units."""
+    sums, most = A.abs().sum(1, keepdim=True), kappa * (1 - _ROUNDING)
+    return torch.where(sums > most, A * (most / sums), A)

@@ -1,0 +1,91 @@
+"""The alternating direction method of multipliers, for all rows at once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from idl.sim.problem import RowProblem
+from idl.sim.solvers.base import AbstractRowSolver, Incumbent, RowSolution
+
+_INTERVAL = 10  # steps between two tests; a test costs about as much as a step
+_RELAXATION = 1.7  # over-relaxation between 1.5 and 1.8 is what Boyd et al. (2011, section 3.4.3) advise
+_ADAPT_UNTIL = 2000  # steps after which the step sizes stay, so that convergence is proved
+
+
+@dataclass(frozen=True)
+class ADMM(AbstractRowSolver):
+    r"""Split each row into a smooth copy and a sparse, feasible one (Boyd et al. 2011, section 6.4, with a ball).
+
+    .. math::
+        w &\leftarrow (G + \rho I)^{-1} (h + \rho (v - u)) \\
+        v &\leftarrow \mathrm{prox}_{1/\rho}(\alpha w + (1 - \alpha) v + u) \\
+        u &\leftarrow u + \alpha w + (1 - \alpha) v_{old} - v
+
+    ``v`` is what is returned: exactly sparse and inside the ball. One eigendecomposition of ``G``, ``O(d^3)``, serves
+    every row and each row's own ``rho``; a step costs ``O(d^2)`` a row. Solved rows are left out.
+    """
+
+    def solve(self, problem: RowProblem, start: Tensor | None = None) -> RowSolution:
+        """Return the best point found for each row; see :class:`AbstractRowSolver`."""
+        incumbent = Incumbent(problem, self.tol, start)
+        splitting = Splitting(problem, incumbent.W)
+        steps = splitting.run(incumbent, incumbent.open, self.tol, self.max_steps)
+        return incumbent.solution(steps)
+
+
+class Splitting:
+    """The iteration of :class:`ADMM`, which can be halted and continued."""
+
+    def __init__(self, problem: RowProblem, start: Tensor) -> None:
+        self.problem = problem
+        eigenvalues, self.basis = torch.linalg.eigh(problem.gram)
+        self.eigenvalues = eigenvalues.clamp_min_(0)
+        self.rotated = problem.correlations @ self.basis
+        d = len(eigenvalues)
+        typical = float(eigenvalues[d // 2 :].mean()) if d else 1.0
+        self.rho = torch.full_like(problem.energies, 0.1 * typical or 1.0)[:, None]
+        self.v = start.clone()
+        # At the optimum rho u is the correlation of the columns with the residual.
+        self.u = problem.residual_correlations(start) / self.rho if bool(start.any()) else torch.zeros_like(start)
+        self.steps = 0
+
+    def run(self, incumbent: Incumbent, rows: Tensor, until: float, max_steps: int) -> int:
+        """Step until the relative gap of each of ``rows`` is at most ``until``; return the steps that took."""
+        problem, rotated = self.problem.take(rows), self.rotated[rows]
+        v, u, rho = self.v[rows], self.u[rows], self.rho[rows]
+        spent = 0
+        while len(rows) and spent < max_steps:
+            for _ in range(min(_INTERVAL, max_steps - spent)):
+                w = ((rotated + rho * ((v - u) @ self.basis)) / (self.eigenvalues + rho)) @ self.basis.T
+                mixed = torch.lerp(v, w, _RELAXATION) + u
+                before, v = v, problem.prox(mixed, 1 / rho)
+                u = mixed - v
+                spent += 1
+            gap = incumbent.offer(rows, v, problem.residual_correlations(v))
+            rho, u = self._balanced(rho, u, v, w, before, spent)
+            self.v[rows], self.u[rows], self.rho[rows] = v, u, rho
+            going = gap > until
+            if not bool(going.all()):
+                rows, v, u, rho, rotated = rows[going], v[going], u[going], rho[going], rotated[going]
+                problem = self.problem.take(rows)
+        self.steps += spent
+        return spent
+
+    def _balanced(
+        self, rho: Tensor, u: Tensor, v: Tensor, w: Tensor, before: Tensor, spent: int
+    ) -> tuple[Tensor, Tensor]:
+        """Bring relative primal and dual residual of each row together (Boyd et al. 2011, section 3.4.1)."""
+        if self.steps + spent > _ADAPT_UNTIL:
+            return rho, u
+        tiny = torch.finfo(v.dtype).tiny
+        size = torch.maximum(_length(w), _length(v)).clamp_min(tiny)
+        primal = _length(w - v) / size
+        dual = _length(rho * (v - before)) / _length(rho * u).clamp_min(tiny)
+        factor = (primal / dual.clamp_min(tiny)).sqrt().clamp(0.2, 5)
+        factor = torch.where((factor > 1.5) | (factor < 0.67), factor, 1)
+        return rho * factor, u / factor
+
+
+def _length(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True)

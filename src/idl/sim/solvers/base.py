@@ -1,0 +1,102 @@
+"""What a row solver is, what it returns, and the best point of each row that every solver keeps."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from idl import checks
+from idl.sim.problem import RowProblem
+
+
+@dataclass(frozen=True)
+class RowSolution:
+    """The best feasible point of each row, and how far it can be from the optimum.
+
+    Attributes:
+        W: Weights.
+        objective: Objective at ``W``.
+        bound: Proved lower bound of the optimum.
+        steps: Passes over the rows that were spent.
+    """
+
+    W: Float[Tensor, "rows d"]
+    objective: Float[Tensor, " rows"]
+    bound: Float[Tensor, " rows"]
+    steps: int
+
+    @property
+    def gap(self) -> Float[Tensor, " rows"]:
+        """Relative gap of each row: the objective is at most this part of itself above the optimum."""
+        return relative_gap(self.objective, self.bound)
+
+
+def relative_gap(objective: Tensor, bound: Tensor) -> Tensor:
+    """Return ``(objective - bound) / objective``, 0 where nothing is left to explain."""
+    return torch.where(objective > 0, (objective - bound).clamp_min(0) / objective, 0)
+
+
+@dataclass(frozen=True)
+class AbstractRowSolver(ABC):
+    """A method for the rows: an immutable value, equal to another with equal fields.
+
+    Args:
+        tol: Relative duality gap at which a row is solved; the only test.
+        max_steps: Most passes over the rows.
+
+    Raises:
+        TypeError, ValueError: If ``tol`` is negative or ``max_steps < 1``.
+    """
+
+    tol: float = 1e-4
+    max_steps: int = 2000
+
+    def __post_init__(self) -> None:
+        checks.non_negative("tol", self.tol)
+        checks.positive_integer("max_steps", self.max_steps)
+
+    @abstractmethod
+    def solve(self, problem: RowProblem, start: Tensor | None = None) -> RowSolution:
+        """Return the best point found for each row, always feasible.
+
+        Args:
+            problem: The rows.
+            start: A point from which to begin, ``(rows, d)``: the solution of a problem like this one.
+        """
+
+
+class Incumbent:
+    """The best feasible point and the best bound of each row so far."""
+
+    def __init__(self, problem: RowProblem, tol: float, start: Tensor | None = None) -> None:
+        rows = len(problem.energies)
+        self.problem, self.tol = problem, tol
+        self.W = torch.zeros_like(problem.correlations)
+        self.objective = torch.full_like(problem.energies, torch.inf)
+        self.bound = torch.zeros_like(problem.energies)
+        everyone = torch.arange(rows, device=problem.gram.device)
+        self.offer(everyone, self.W, problem.correlations)
+        if start is not None:
+            start = problem.project(start.to(self.W))
+            self.offer(everyone, start, problem.residual_correlations(start))
+
+    def offer(self, rows: Tensor, W: Tensor, q: Tensor) -> Tensor:
+        """Compare feasible points of ``rows`` with what there is; return their relative gaps after that."""
+        problem = self.problem.take(rows)
+        objective = problem.objective(W, q)
+        better = objective < self.objective[rows]
+        self.W[rows[better]] = W[better]
+        self.objective[rows[better]] = objective[better]
+        self.bound[rows] = torch.maximum(self.bound[rows], problem.dual(W, q))
+        return relative_gap(self.objective[rows], self.bound[rows])
+
+    @property
+    def open(self) -> Tensor:
+        """Indices of the rows that are not solved."""
+        return (~(relative_gap(self.objective, self.bound) <= self.tol)).nonzero()[:, 0]
+
+    def solution(self, steps: int) -> RowSolution:
+        """Return what was found."""
+        return RowSolution(self.W, self.objective, self.bound, steps)

@@ -1,0 +1,36 @@
+"""The default: ADMM finds the support, Newton steps on it finish."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from idl.sim.problem import RowProblem
+from idl.sim.solvers.active_set import newton
+from idl.sim.solvers.admm import Splitting
+from idl.sim.solvers.base import AbstractRowSolver, Incumbent, RowSolution
+
+_SUPPORT_GAP = 0.1  # relative gap at which the support is first tried; nearly always it is good enough
+_ADMM_STEPS = 300  # most steps of the first round; each round allows twice as many
+_NEWTON_STEPS = 30
+
+
+@dataclass(frozen=True)
+class Hybrid(AbstractRowSolver):
+    """Iterate all rows by :class:`ADMM` until their supports are roughly known, then take Newton steps on these.
+
+    ADMM is fast far from the solution and slow close to it, Newton on the support the other way round. Rows on which
+    Newton does not arrive go back to ADMM, which goes on from where it was, so that in the worst case this is ADMM.
+    """
+
+    def solve(self, problem: RowProblem, start: Tensor | None = None) -> RowSolution:
+        """Return the best point found for each row; see :class:`AbstractRowSolver`."""
+        incumbent = Incumbent(problem, self.tol, start)
+        steps = newton(incumbent, incumbent.open, _NEWTON_STEPS) if start is not None else 0
+        if not len(incumbent.open):
+            return incumbent.solution(steps)
+        splitting, until, most = Splitting(problem, incumbent.W), _SUPPORT_GAP, _ADMM_STEPS
+        while len(incumbent.open) and steps < self.max_steps:
+            steps += splitting.run(incumbent, incumbent.open, max(until, self.tol), min(most, self.max_steps - steps))
+            steps += newton(incumbent, incumbent.open, _NEWTON_STEPS)
+            until, most = until / 10, 2 * most
+        return incumbent.solution(steps)

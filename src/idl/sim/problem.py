@@ -47,7 +47,7 @@ class RowProblem:
         """Return the objective of each row; ``q`` is ``residual_correlations(W)``."""
         return 0.5 * self._unexplained(W, q) + W.abs() @ self.penalty
 
-    def prox(self, V: Float[Tensor, "rows d"], step: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows d"]:
+    def prox(self, V: Float[Tensor, "rows d"], step: Float[Tensor, "#rows 1"]) -> Float[Tensor, "rows d"]:
         r"""Return :math:`\arg\min_w \tfrac12 |w - v|^2 + t \sum_j p_j |w_j|` under the ball.
 
         A soft threshold, then the projection onto the ball: together exact, since the multiplier of the ball only

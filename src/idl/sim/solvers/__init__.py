@@ -2,6 +2,19 @@
 
 from idl.sim.solvers.admm import ADMM
 from idl.sim.solvers.base import AbstractRowSolver, RowSolution
+from idl.sim.solvers.consensus import ConsensusADMM
+from idl.sim.solvers.coordinate import CoordinateDescent
+from idl.sim.solvers.cvx import CVX
+from idl.sim.solvers.gradient import AcceleratedGradient
 from idl.sim.solvers.hybrid import Hybrid
 
-__all__ = ["ADMM", "AbstractRowSolver", "Hybrid", "RowSolution"]
+__all__ = [
+    "ADMM",
+    "CVX",
+    "AbstractRowSolver",
+    "AcceleratedGradient",
+    "ConsensusADMM",
+    "CoordinateDescent",
+    "Hybrid",
+    "RowSolution",
+]

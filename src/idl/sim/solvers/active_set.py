@@ -8,6 +8,7 @@ from idl.sim.solvers.base import Incumbent
 
 _TRIALS = 10  # steps of the line search, each .35 of the one before
 _FEWEST_ENTERING = 10
+_RIDGE = 1e-12  # relative; columns that depend on each other need a thousand times that
 
 
 def newton(incumbent: Incumbent, rows: Tensor, max_steps: int) -> int:
@@ -31,7 +32,7 @@ def newton(incumbent: Incumbent, rows: Tensor, max_steps: int) -> int:
     W = incumbent.W[rows]
     part = problem.take(rows)
     q = part.residual_correlations(W)
-    mu = _multiplier(part, W, q)
+    mu = multiplier(part, W, q)
     entering = torch.full_like(rows, problem.gram.shape[0])
     for spent in range(max_steps):
         gap = incumbent.offer(rows, W, q)
@@ -43,7 +44,7 @@ def newton(incumbent: Incumbent, rows: Tensor, max_steps: int) -> int:
             part = problem.take(rows)
         on, most = _support(part, W, q, mu, entering, scale, incumbent.tol)
         signs = torch.where(W != 0, W.sign(), q.sign()) * on
-        target, mu = _face_minimiser(part, on, signs, in_ball)
+        target, mu = _face_minimiser(part, W, q, on, signs, in_ball)
         W, q, length = _line_search(part, W, q, target, signs)
         # Down to one, then to none, which minimises on the face there is; standing still on that is the end.
         fewer = torch.where(most > 1, (most // 4).clamp_min(1), most - 1)
@@ -52,7 +53,7 @@ def newton(incumbent: Incumbent, rows: Tensor, max_steps: int) -> int:
     return max_steps
 
 
-def _multiplier(problem: RowProblem, W: Tensor, q: Tensor) -> Tensor:
+def multiplier(problem: RowProblem, W: Tensor, q: Tensor) -> Tensor:
     """Estimate the multiplier of the ball at ``W``: by how much correlations exceed the penalty, if it is reached."""
     inside, sizes = W[:, : problem.ball], problem.penalty[: problem.ball]
     count = (inside != 0).sum(1)
@@ -76,29 +77,33 @@ def _support(
     return (W != 0) | ((violation > 0) & (ranks < most[:, None])), most
 
 
-def _face_minimiser(problem: RowProblem, on: Tensor, signs: Tensor, in_ball: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the minimiser of each row on the face of its signs, and the multiplier of the ball there."""
+def _face_minimiser(
+    problem: RowProblem, W: Tensor, q: Tensor, on: Tensor, signs: Tensor, in_ball: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the minimiser of each row on the face of its signs, and the multiplier of the ball there.
+
+    Written for the step from ``W``, so that it descends also where columns depend on each other and a ridge is needed.
+    """
     free, along = torch.zeros_like(signs), torch.zeros_like(signs)
-    ridge = 1 + 1e-12
     for i in range(len(signs)):  # supports differ in size, and LAPACK factors one matrix at a time in any case
         columns = on[i].nonzero()[:, 0]
         if not len(columns):
             continue
         system = problem.gram.index_select(0, columns).index_select(1, columns)
-        system.diagonal().mul_(ridge)
+        system.diagonal().mul_(1 + _RIDGE)
         s = signs[i, columns]
-        rhs = torch.stack((problem.correlations[i, columns] - problem.penalty[columns] * s, s * in_ball[columns]), 1)
+        rhs = torch.stack((q[i, columns] - problem.penalty[columns] * s, s * in_ball[columns]), 1)
         factor, info = torch.linalg.cholesky_ex(system)
-        if int(info):  # columns that depend on each other: any minimiser will do
-            system.diagonal().add_(1e-9 * float(system.diagonal().amax()) or 1.0)
+        if int(info):
+            system.diagonal().add_(1e3 * _RIDGE * float(system.diagonal().amax()) or 1.0)
             factor = torch.linalg.cholesky(system)
         solved = torch.cholesky_solve(rhs, factor)
         free[i, columns], along[i, columns] = solved[:, 0], solved[:, 1]
     inside = signs * in_ball
-    size, slope = (inside * free).sum(1), (inside * along).sum(1)
+    size, slope = (inside * (W + free)).sum(1), (inside * along).sum(1)
     active = (size > problem.radius) & (slope > 0)
     mu = torch.where(active, (size - problem.radius) / slope, 0) if problem.ball else torch.zeros_like(size)
-    return free - mu[:, None] * along, mu
+    return W + free - mu[:, None] * along, mu
 
 
 def _line_search(

@@ -63,7 +63,10 @@ class Splitting:
                 u = mixed - v
                 spent += 1
             gap = incumbent.offer(rows, v, problem.residual_correlations(v))
-            rho, u = self._balanced(rho, u, v, w, before, spent)
+            if self.steps + spent <= _ADAPT_UNTIL:
+                size = torch.maximum(_length(w), _length(v))
+                factor = balance(_length(w - v), size, _length(rho * (v - before)), _length(rho * u))
+                rho, u = rho * factor, u / factor
             self.v[rows], self.u[rows], self.rho[rows] = v, u, rho
             going = gap > until
             if not bool(going.all()):
@@ -72,19 +75,13 @@ class Splitting:
         self.steps += spent
         return spent
 
-    def _balanced(
-        self, rho: Tensor, u: Tensor, v: Tensor, w: Tensor, before: Tensor, spent: int
-    ) -> tuple[Tensor, Tensor]:
-        """Bring relative primal and dual residual of each row together (Boyd et al. 2011, section 3.4.1)."""
-        if self.steps + spent > _ADAPT_UNTIL:
-            return rho, u
-        tiny = torch.finfo(v.dtype).tiny
-        size = torch.maximum(_length(w), _length(v)).clamp_min(tiny)
-        primal = _length(w - v) / size
-        dual = _length(rho * (v - before)) / _length(rho * u).clamp_min(tiny)
-        factor = (primal / dual.clamp_min(tiny)).sqrt().clamp(0.2, 5)
-        factor = torch.where((factor > 1.5) | (factor < 0.67), factor, 1)
-        return rho * factor, u / factor
+
+def balance(primal: Tensor, primal_size: Tensor, dual: Tensor, dual_size: Tensor) -> Tensor:
+    """Return the factor for ``rho`` that brings relative residuals together (Boyd et al. 2011, section 3.4.1)."""
+    tiny = torch.finfo(primal.dtype).tiny
+    ratio = primal / primal_size.clamp_min(tiny) / (dual / dual_size.clamp_min(tiny)).clamp_min(tiny)
+    factor = ratio.sqrt().clamp(0.2, 5)
+    return torch.where((factor > 1.5) | (factor < 0.67), factor, 1)
 
 
 def _length(rows: Tensor) -> Tensor:

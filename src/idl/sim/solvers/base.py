@@ -51,7 +51,7 @@ class AbstractRowSolver(ABC):
     """
 
     tol: float = 1e-4
-    max_steps: int = 2000
+    max_steps: int = 20_000
 
     def __post_init__(self) -> None:
         checks.non_negative("tol", self.tol)

@@ -20,7 +20,7 @@ def run_demo(*arguments):
 def metrics(folder):
     """Return the metrics of a demo without its times."""
     content = json.loads((folder / "metrics.json").read_text())
-    for model in ("implicit", "explicit"):
+    for model in ("implicit", "explicit", "sim"):
         del content[model]["seconds"]
     return content
 
@@ -59,9 +59,12 @@ def test_the_demo_leaves_a_run_folder_and_ends_with_a_table(tmp_path):
         "implicit.safetensors",
         "metrics.json",
         "settings.json",
+        "sim.safetensors",
+        "sparsity.png",
         "training.png",
     ]
-    for words in ("test accuracy", "parameters", "9,472", "equilibrium steps", "residual", "||A||_inf"):
+    words_of_sim = ("SIM makes", "of its weights", "of the optimum")
+    for words in ("test accuracy", "parameters", "9,472", "equilibrium steps", "residual", "||A||_inf", *words_of_sim):
         assert words in result.output
     assert str(tmp_path / "demo") in result.output
     assert all(len(line) <= 80 for line in result.output.splitlines() if str(tmp_path) not in line)

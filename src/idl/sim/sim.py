@@ -1,5 +1,6 @@
 """SIM: a pretrained network's states turn training into a convex problem."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from idl.sim.solvers.base import AbstractRowSolver, RowSolution
 from idl.sim.solvers.hybrid import Hybrid
 
 Rescaling = Literal["unit_variance", "layerwise", "closed_form"]
+_TRIALS, _CLOSE, _SAME = 20, 0.9, 1.05  # of a search for lam: most fits, when it is close, when two lam are one
 _ROUNDING = 1e-6  # by which stored row sums stay below kappa, so that float32 sums do too
 
 
@@ -83,13 +85,16 @@ class SIM:
             checks.one_of("rescale", rescale, ("unit_variance", "layerwise", "closed_form"))
         self.rescale, self.debias, self.refit, self.layers = rescale, debias, refit, layers
 
-    def fit(self, teacher: nn.Module, loader: Iterable[Any]) -> "SIM":
+    def fit(self, teacher: nn.Module, loader: Iterable[Any], *, target_sparsity: float | None = None) -> "SIM":
         """Fit :attr:`model_` to a teacher on the inputs of a loader, which is passed over twice.
 
         Args:
             teacher: A feed-forward network: one kind of activation, and between activations what is affine. It is left
                 as it was.
             loader: Yields batches of inputs, or of pairs ``(inputs, labels)``; labels are not used.
+            target_sparsity: Part of the teacher's number of weights that must not be kept, in (0, 1). The smallest
+                ``lam`` that leaves so few is searched, starting from the present one, and stays in :attr:`lam`; each
+                trial is a fit, warm-started from the one before.
 
         Returns:
             ``self``.
@@ -99,9 +104,16 @@ class SIM:
             ValueError: If the loader is empty, changes shapes, or a state is not finite.
         """
         recorded = record(teacher, loader, self.layers)
-        states = self._state_rows(recorded)
+        if target_sparsity is None:
+            return self._fit(recorded, loader)
+        return self._search(recorded, loader, 1 - checks.in_open_unit("target_sparsity", target_sparsity))
+
+    def _fit(self, recorded: "Recorded", loader: Iterable[Any], near: "SIM | None" = None) -> "SIM":
+        """Fit to moments that are there; ``near`` is a fit with another ``lam``."""
+        start = None if near is None else near.certificate_
+        states = self._state_rows(recorded, None if start is None else start.states.W)
         self.model_ = states.model
-        outputs, explained = self._output_rows(recorded, loader)
+        outputs, explained = self._output_rows(recorded, loader, None if start is None else start.outputs.W)
         self.certificate_ = Certificate(
             states.solution,
             outputs,
@@ -114,6 +126,37 @@ class SIM:
             recorded.moments.samples,
         )
         return self
+
+    def _search(self, recorded: "Recorded", loader: Iterable[Any], most: float) -> "SIM":
+        """Fit with the smallest ``lam`` that keeps at most this part of the teacher's weights, nearly."""
+        enough: SIM | None = None
+        low, high = 0.0, math.inf  # lam that keeps too many, and lam that keeps few enough
+        near, lam = None, self.lam
+        for _ in range(_TRIALS):
+            near = self._with(lam)._fit(recorded, loader, near)
+            kept = near.certificate_.weights_kept.fraction
+            if kept <= most:
+                enough, high = near, lam
+            else:
+                low = lam
+            if enough is not None and (_CLOSE * most <= kept <= most or high < _SAME * low):
+                break
+            # Weights kept fall about like the root of lam; never further than ten times at once.
+            guess = lam * min(max((kept / (0.97 * most)) ** 2, 0.1), 10)
+            inside = low < guess < high
+            lam = guess if inside else math.sqrt(low * high) if low and high < math.inf else (low or high) * 3
+        if enough is None:
+            raise ValueError(
+                f"`target_sparsity` of {1 - most:g} was not reached within {_TRIALS} trials up to lam={lam:.3g}; "
+                "start from a larger lam."
+            )
+        self.__dict__.update(enough.__dict__)
+        return self
+
+    def _with(self, lam: float) -> "SIM":
+        """Return an unfitted SIM with these settings and another ``lam``."""
+        settings = (self.kappa, lam, self.l1_ratio, self.rescale, self.debias, self.refit)
+        return SIM(self.solver, *settings, layers=self.layers)
 
     def predict(self, u: Tensor) -> Float[Tensor, "batch q"]:
         """Return the outputs of :attr:`model_` for inputs, without a gradient."""
@@ -143,14 +186,14 @@ class SIM:
             raise ValueError("this SIM has no model yet; call fit(teacher, loader) first.")
         return self.model_
 
-    def _state_rows(self, recorded: "Recorded") -> "_States":
+    def _state_rows(self, recorded: "Recorded", start: Tensor | None) -> "_States":
         """Solve for A and B and put them into a model whose C and D are still missing."""
         scale, name = self._scale(recorded)
         n = len(scale)
         moments = recorded.state_moments.scaled(torch.cat((scale, scale.new_ones(recorded.inputs))), scale)
         centred = moments.centred() if recorded.biased else moments
         problem = self._problem(centred, ball=n)
-        solution = self.solver.solve(problem)
+        solution = self.solver.solve(problem, start)
         W = debias(problem, solution.W) if self.debias else solution.W
         model = self._empty_model(recorded, n)
         with torch.no_grad():
@@ -161,7 +204,9 @@ class SIM:
                 model.bias[n:] = 1  # the unit that carries the bias of the outputs
         return _States(model, solution, name)
 
-    def _output_rows(self, recorded: "Recorded", loader: Iterable[Any]) -> tuple[RowSolution, Tensor]:
+    def _output_rows(
+        self, recorded: "Recorded", loader: Iterable[Any], start: Tensor | None
+    ) -> tuple[RowSolution, Tensor]:
         """Solve for C and D; return the rows' solution and the part of the outputs that the model explains."""
         model, teacher = self.model_, recorded.teacher
         n = model.hidden_dim - (1 if recorded.biased else 0)
@@ -174,7 +219,7 @@ class SIM:
         moments = equilibrium if self.refit else recorded.output_moments
         centred = moments.centred() if recorded.biased else moments
         problem = self._problem(centred, ball=0)
-        solution = self.solver.solve(problem)
+        solution = self.solver.solve(problem, start)
         W = debias(problem, solution.W) if self.debias else solution.W
         assert model.D is not None
         with torch.no_grad():
@@ -226,6 +271,29 @@ class SIM:
             for parameter in model.parameters():
                 parameter.zero_()
         return model
+
+
+def lambda_path(teacher: nn.Module, loader: Iterable[Any], lams: Iterable[float], **settings: Any) -> Iterator[SIM]:
+    """Yield a fitted :class:`SIM` for each ``lam``, the largest first, each started from the one before.
+
+    The teacher is run once for all of them, and the loader passed over once more for each.
+
+    Args:
+        teacher: See :meth:`SIM.fit`.
+        loader: See :meth:`SIM.fit`.
+        lams: Weights of the penalty, in any order.
+        **settings: The other arguments of :class:`SIM`.
+
+    Raises:
+        CaptureError, TypeError, ValueError: As :class:`SIM` and :meth:`SIM.fit` do.
+    """
+    unfitted = [SIM(lam=lam, **settings) for lam in sorted(lams, reverse=True)]
+    recorded = record(teacher, loader, settings.get("layers")) if unfitted else None
+    near = None
+    for sim in unfitted:
+        assert recorded is not None
+        near = sim._fit(recorded, loader, near)
+        yield near
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from idl.training.baseline import ExplicitMLP
 from idl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from idl.training.classifier import EpochRecord, History, Labelled, Progress, Recipe, evaluate, fit_classifier
 from idl.training.diagnostics import EquilibriumReport, picard_residuals, report_equilibrium
-from idl.training.figures import draw_equilibrium, draw_training
+from idl.training.figures import draw_equilibrium, draw_sparsity, draw_training
 from idl.training.interruption import stop_on_interrupt
 from idl.training.progress import progress_line
 from idl.training.runs import RunFolder, save_weights, settings_that_differ
@@ -26,6 +26,7 @@ __all__ = [
     "Recipe",
     "RunFolder",
     "draw_equilibrium",
+    "draw_sparsity",
     "draw_training",
     "evaluate",
     "fit_classifier",

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -96,6 +97,40 @@ def draw_equilibrium(
     norm = magnitude.sum(1).max().item()
     right.set(xlabel="column", ylabel="row", title=rf"$|A|$ with $\|A\|_\infty$ = {norm:.3f}")
     figure.colorbar(image, ax=right, label="absolute value of the entry", shrink=0.9)
+    _save(figure, path)
+
+
+def draw_sparsity(
+    A: Float[Tensor, "n n"],
+    B: Float[Tensor, "n p"],
+    C: Float[Tensor, "q n"],
+    D: Float[Tensor, "q p"],
+    path: Path,
+    *,
+    title: str,
+) -> None:
+    """Draw which weights of ``[A B; C D]`` are not zero, to a PNG.
+
+    Args:
+        A: State matrix.
+        B: Input matrix.
+        C: Output matrix.
+        D: Direct term.
+        path: File to write; its folder must exist.
+        title: Title of the picture.
+    """
+    (n, p), q = B.shape, len(C)
+    rows = [torch.cat(pair, 1).detach().cpu() != 0 for pair in ((A, B), (C, D))]
+    pattern = torch.cat(rows).float()
+    figure = _figure(9.0, min(max(9.0 * (n + q) / (n + p), 2.5), 7.0))
+    axes = figure.subplots()
+    axes.imshow(pattern.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axes.axvline(n - 0.5, color=_COLOURS[1], linewidth=1.2)
+    axes.axhline(n - 0.5, color=_COLOURS[1], linewidth=1.2)
+    axes.set_xticks([n / 2, n + p / 2], [f"{n} states", f"{p} inputs"])
+    axes.set_yticks([n / 2, n + q / 2], [f"{n} states", f"{q} outputs"])
+    axes.tick_params(length=0)
+    axes.set_title(title)
     _save(figure, path)
 
 

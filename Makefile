@@ -16,10 +16,10 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench install clean
+.PHONY: help demo test lint bench bench-sim install clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## train an implicit model on real data, offline, in under a minute
 	$(VENV)/bin/idl demo $(ARGS)
@@ -34,6 +34,9 @@ lint: $(STAMP)  ## ruff (rules and format) and mypy
 
 bench: $(BENCH_STAMP)  ## measure speed and accuracy beside two public libraries and an MLP
 	$(BENCH_VENV)/bin/python benchmarks/implicit_model.py $(ARGS)
+
+bench-sim: $(BENCH_STAMP)  ## measure SIM's row solver beside others
+	$(BENCH_VENV)/bin/python benchmarks/sim.py $(ARGS)
 
 install: $(STAMP)  ## make the environment .venv and nothing else
 

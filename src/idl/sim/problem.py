@@ -53,7 +53,7 @@ class RowProblem:
         A soft threshold, then the projection onto the ball: together exact, since the multiplier of the ball only
         raises the threshold further.
         """
-        magnitudes = (V.abs() - step * self.penalty).clamp_min_(0)
+        magnitudes = (V.abs() - step * self.penalty.to(V.dtype)).clamp_min_(0)
         self._shrink_into_ball(magnitudes)
         return torch.copysign(magnitudes, V)
 

@@ -114,7 +114,8 @@ def _line_search(
     If all else fails up to where the first column changes sign: so far the direction descends.
     """
     direction = target - W
-    objective = problem.objective(W, q)
+    # Close to the solution what is gained is below the rounding of the objective, and still worth having for the bound.
+    objective = problem.objective(W, q) + 4 * torch.finfo(W.dtype).eps * problem.energies
     crossing = torch.where(target * signs <= 0, W / (W - target), torch.inf).nan_to_num(torch.inf)
     first = torch.where(signs != 0, crossing, torch.inf).amin(1).clamp_max(1)
     length = torch.ones_like(objective)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from idl.sim.problem import RowProblem
@@ -30,7 +31,9 @@ class Hybrid(AbstractRowSolver):
             return incumbent.solution(steps)
         splitting, until, most = Splitting(problem, incumbent.W), _SUPPORT_GAP, _ADMM_STEPS
         while len(incumbent.open) and steps < self.max_steps:
-            steps += splitting.run(incumbent, incumbent.open, max(until, self.tol), min(most, self.max_steps - steps))
+            dtype = torch.float32 if until >= _SUPPORT_GAP else torch.float64
+            most_now = min(most, self.max_steps - steps)
+            steps += splitting.run(incumbent, incumbent.open, max(until, self.tol), most_now, dtype)
             steps += newton(incumbent, incumbent.open, _NEWTON_STEPS)
             until, most = until / 10, 2 * most
         return incumbent.solution(steps)

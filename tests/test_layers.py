@@ -23,7 +23,7 @@ BELOW = {
     "equilibrium": "errors checks transforms activations linalg solvers maps differentiation",
     "functions": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed",
     "nn": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed functions",
-    "sim": "errors checks activations linalg nn",
+    "sim": "errors checks activations linalg functions nn",
     "data": "errors",
     "training": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed "
     "functions nn data",

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idl.sim.solvers import ADMM, CVX, AcceleratedGradient, ConsensusADMM, CoordinateDescent, Hybrid
+from idl.sim.solvers import ADMM, CVX, AcceleratedGradient, ConsensusADMM, CoordinateDescent, Hybrid, LeastSquares
 from sim.row_problems import KINDS, drawn
 
 SOLVERS = {
@@ -119,3 +119,13 @@ def test_the_default_is_never_below_the_reference_nor_above_it_by_more_than_its_
     assert float(solution.gap.max()) <= 1e-4
     assert bool((objective >= optimum - slack).all())
     assert bool((objective - optimum <= solution.gap * objective + slack).all())
+
+
+@pytest.mark.parametrize("kind", ["well conditioned", "fewer samples than columns", "duplicate columns"])
+def test_least_squares_is_the_pseudoinverse_and_proves_nothing(kind):
+    rows, _ = rows_and_optimum(kind)
+    solution = LeastSquares().solve(rows.problem)
+    expected = torch.linalg.lstsq(rows.S, rows.T, driver="gelsd").solution.T
+    torch.testing.assert_close(solution.W, expected, rtol=1e-6, atol=1e-8)
+    assert bool((solution.gap == 1).all())
+    assert not LeastSquares.keeps_ball

@@ -28,6 +28,7 @@ _ACTIVATIONS: dict[Callable[..., Any], str] = {
     }.items()
     for function in functions
 }
+_DEFAULTS = {"leaky_relu": (activations.LEAK,), "softplus": (1.0, 20.0)}
 _PROBE_TOLERANCE = 1e-3  # of float32 sums of thousands of terms; what is not affine misses by far more
 
 
@@ -88,9 +89,8 @@ class Teacher:
         self.module = module
         watch = _Watch()
         with _running(module, watch):
-            output = module(example)
-        if not isinstance(output, Tensor):
-            raise CaptureError(f"the teacher returns a {type(output).__name__}; wrap it so that it returns one tensor.")
+            output = module(example.clone())
+        _outputs(output, len(example))
         if not watch.seen:
             known = ", ".join(sorted(set(_ACTIVATIONS.values())))
             raise CaptureError(
@@ -116,7 +116,6 @@ class Teacher:
         self.layers = tuple(Layer(n, tuple(s[1:])) for n, s, keep in zip(names, shapes, self.kept, strict=True) if keep)
         self.all_layers = tuple(Layer(n, tuple(s[1:])) for n, s in zip(names, shapes, strict=True))
         self.input_shape, self.dtype = tuple(example.shape[1:]), example.dtype
-        self.outputs = output[0].numel() if len(output) else 0
         self.operations = watch.operations
         self._check_affine(example)
 
@@ -129,10 +128,10 @@ class Teacher:
         """Run the teacher on a batch and return what it shows."""
         watch = _Watch()
         with _running(self.module, watch):
-            y = self.module(u)
+            y = self.module(u.clone())
         states = [z.flatten(1) for (_, _, z), keep in zip(watch.seen, self.kept, strict=True) if keep]
         Z = torch.cat(states[::-1], 1)
-        return Recording(u.flatten(1), Z, self.activation(Z), y.flatten(1))
+        return Recording(u.flatten(1), Z, self.activation(Z), _outputs(y, len(u)))
 
     def matrices(self, chunk: int = 1024) -> Matrices:
         """Return the matrices of the whole teacher, all layers, by running it on unit vectors in place of its states.
@@ -157,25 +156,48 @@ class Teacher:
         shaped = [part.reshape(-1, *layer.shape) for part, layer in zip(parts, self.all_layers, strict=True)]
         watch = _Watch(replacements=shaped)
         with _running(self.module, watch):
-            y = self.module(U.to(device).reshape(-1, *self.input_shape))
-        return torch.cat([z.flatten(1) for _, _, z in watch.seen[::-1]], 1).cpu(), y.flatten(1).cpu()
+            y = self.module(U.to(device).reshape(-1, *self.input_shape).clone())
+        return torch.cat([z.flatten(1) for _, _, z in watch.seen[::-1]], 1).cpu(), _outputs(y, len(U)).cpu()
 
     def _check_affine(self, example: Tensor) -> None:
-        """Check ``f(a) + f(b) = f(a + b) + f(0)`` for what lies between the activations."""
+        """Check ``f(a) + f(b) = f(a + b) + f(0)`` between the activations, near zero and on the scale of the data.
+
+        Also that samples are answered alike in batches of other sizes.
+        """
         generator = torch.Generator().manual_seed(0)
-        n, p = sum(layer.units for layer in self.all_layers), torch.Size(self.input_shape).numel()
-        drawn = torch.randn(2, n + p, generator=generator).to(self.dtype)
-        points = torch.cat((drawn, drawn.sum(0, keepdim=True), torch.zeros_like(drawn[:1])))
-        z, y = self._respond(points[:, :n], points[:, n:])
-        values = torch.cat((z, y), 1).double()
+        recording = self.record(example)
+        states = recording.X[:1] if all(self.kept) else torch.ones(1, sum(layer.units for layer in self.all_layers))
+        data = torch.cat((states.cpu().to(self.dtype), recording.U[:1].cpu()), 1)
+        data = torch.where(data.isfinite(), data, 0)  # whoever reads the data says what is wrong with it
+        n = states.shape[1]
         tolerance = _PROBE_TOLERANCE if self.dtype in (torch.float32, torch.float64) else 0.05
-        defect = (values[0] + values[1] - values[2] - values[3]).abs().amax()
-        if not float(defect) <= tolerance * float(values.abs().amax()):
-            suspects = [name for name in self.operations if not _AFFINE.fullmatch(name)] or self.operations
-            raise CaptureError(
-                f"the teacher is not affine between its activations; operations that may be the cause: "
-                f"{', '.join(suspects)}. Leave them out, or replace them by the activation or by affine operations."
-            )
+        rounding = 64 * torch.finfo(self.dtype).eps
+        largest = float(data.abs().amax().clamp_min(1))
+        for scale in (1.0, largest, 100 * largest):
+            drawn = (scale * torch.randn(2, data.shape[1], generator=generator)).to(self.dtype)
+            a, b, zero = data if scale == largest else drawn[:1], drawn[1:], torch.zeros_like(drawn[:1])
+            points = torch.cat((a, b, a + b, zero))
+            values = torch.cat(self._respond(points[:, :n], points[:, n:]), 1).double()
+            fewer = torch.cat(self._respond(points[1:3, :n], points[1:3, n:]), 1).double()
+            sizes = values.abs().amax(0)
+            if not bool(sizes.isfinite().all()):  # too large for the dtype, which says nothing of the operations
+                continue
+            # Where large terms cancel, their rounding is all that is left.
+            allowed = tolerance * sizes + rounding * sizes.amax()
+            defect = (values[0] + values[1] - values[2] - values[3]).abs()
+            if not bool((defect <= allowed).all()):
+                strange = [name for name in self.operations if not _AFFINE.fullmatch(name)]
+                suspects = "it may be " + " or ".join(strange) if strange else f"seen were {', '.join(self.operations)}"
+                raise CaptureError(
+                    f"an operation has no place between the activations of an implicit model, since it is not affine: "
+                    f"{suspects}. Leave it out, or replace it by the activation or by what is affine; a product of two "
+                    "computed tensors is not."
+                )
+            if not bool(((values[1:3] - fewer).abs() <= allowed).all()):
+                raise CaptureError(
+                    f"the samples of a batch depend on each other; operations seen: {', '.join(self.operations)}. "
+                    "An implicit model answers each sample by itself."
+                )
 
 
 _AFFINE = re.compile(
@@ -183,6 +205,10 @@ _AFFINE = re.compile(
     r"contiguous|squeeze|unsqueeze|cat|stack|add_?|sub_?|neg|dropout[123]?d?|alpha_dropout|mean|sum|matmul|mm|addmm|"
     r"__getitem__|getitem|to|float|double|size|shape|dim|expand|pad|chunk|split|T|mT|clone|detach|identity|einsum|"
     r"__add__|__radd__|__iadd__|__matmul__|movedim|unflatten|ndim|dtype|device|numel|__get__|bilinear|iadd|radd|"
+    r"mul_?|div_?|true_divide|__mul__|__rmul__|__truediv__|imul|rmul|itruediv|truediv|rsub|isub|__rsub__|__sub__|"
+    r"upsample.*|interpolate|addcmul|bmm|baddbmm|tensordot|zeros.*|ones.*|full.*|empty.*|arange|new_.*|is_.*|"
+    r"swapaxes|swapdims|roll|flip|narrow|select|index_select|gather|repeat|tile|broadcast_to|concat|concatenate|"
+    r"hstack|vstack|unbind|view_as|reshape_as|atleast_.*|ravel|len|__len__|__bool__|item|tolist|"
     r"is_floating_point|requires_grad|_backward_hooks|training|type|half|bfloat16"
 )
 
@@ -208,11 +234,8 @@ class _Watch(TorchFunctionMode):
         z: Tensor = args[0] if args else kwargs["input"]
         settings = [*args[1:], *(value for key, value in kwargs.items() if key not in ("input", "inplace"))]
         inplace = func.__name__.endswith("_") or kwargs.get("inplace", False)
-        if kind in ("leaky_relu", "softplus") and [float(s) for s in settings if not isinstance(s, bool)] not in (
-            [],
-            [activations.LEAK],
-            [1.0, 20.0],
-        ):
+        numbers = [float(s) for s in settings if not isinstance(s, bool)]
+        if any(number not in _DEFAULTS.get(kind, ()) for number in numbers):
             raise CaptureError(f"{kind} with the settings {settings} is not one of the library; use its defaults.")
         where = self.modules[-1] if self.modules else ""
         self.seen.append((kind, where or kind, z.clone()))
@@ -241,8 +264,8 @@ def _running(module: nn.Module, watch: _Watch) -> Iterator[None]:
         watch.modules.pop()
 
     handles = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
-    module.eval()
     try:
+        module.eval()
         with torch.no_grad(), watch:
             yield
     finally:
@@ -256,6 +279,21 @@ def _unique(names: Sequence[str]) -> list[str]:
     """Number the names that occur again: ``relu``, ``relu_1``, ..."""
     unique: list[str] = []
     for name in names:
-        count = sum(1 for other in unique if other == name or re.fullmatch(re.escape(name) + r"_\d+", other))
-        unique.append(f"{name}_{count}" if count else name)
+        count, candidate = 0, name
+        while candidate in unique:
+            count += 1
+            candidate = f"{name}_{count}"
+        unique.append(candidate)
     return unique
+
+
+def _outputs(output: Any, batch: int) -> Tensor:
+    """Return the outputs of a batch, one row a sample."""
+    if not isinstance(output, Tensor):
+        raise CaptureError(f"the teacher returns a {type(output).__name__}; wrap it so that it returns one tensor.")
+    if output.dim() == 0 or output.shape[0] != batch:
+        raise CaptureError(
+            f"the teacher returns a tensor of shape {tuple(output.shape)} for {batch} samples; its first dimension "
+            "must be the batch."
+        )
+    return output.flatten(1) if output.dim() > 1 else output[:, None]

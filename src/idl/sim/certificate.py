@@ -27,7 +27,7 @@ class WeightsKept:
     @property
     def fraction(self) -> float:
         """Non-zeros of A, B, C and D over the weights of the teacher."""
-        return self.total / self.teacher
+        return self.total / self.teacher if self.teacher else float("inf")
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,10 @@ class Certificate:
             for name, rows, part in (("[A B]", missing[0], self.states), ("[C D]", missing[1], self.outputs))
             if rows
         )
+        bound = f"<= {self.kappa:g}" if self.feasible else f"> {self.kappa:g}: no equilibrium is guaranteed"
         return (
             f"{len(gaps)} rows, relative gap at most {float(gaps.max()):.1e} (asked {self.tol:g}){open_rows}\n"
-            f"max row sum of |A| {float(self.row_sums.max()):.6f} <= {self.kappa:g}\n"
+            f"max row sum of |A| {float(self.row_sums.max()):.6f} {bound}\n"
             f"weights kept: A {kept.A}, B {kept.B}, C {kept.C}, D {kept.D}: {kept.total} of the teacher's "
             f"{kept.teacher} ({100 * kept.fraction:.1f} %)\n"
             f"outputs explained: {100 * float(self.explained.mean()):.2f} % on {self.samples} samples"

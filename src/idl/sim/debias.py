@@ -56,7 +56,9 @@ def _minimiser(gram: Tensor, h: Tensor, energy: Tensor, inside: int, radius: flo
     )
     incumbent = Incumbent(ball, _TOL, start[None, a])
     newton(incumbent, incumbent.open, max_steps=50)
-    found = incumbent.W if not len(incumbent.open) else Hybrid(_TOL).solve(ball, incumbent.W).W
+    # Where nothing is left to explain a gap relative to the objective is a quotient of rounding errors.
+    explained = float(incumbent.objective) <= _TOL * float(energy)
+    found = incumbent.W if explained or not len(incumbent.open) else Hybrid(_TOL).solve(ball, incumbent.W).W
     w[a] = found[0]
     if len(h) > inside:
         w[b] = eliminated[:, -1] - eliminated[:, :-1] @ found[0]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from idl import checks
+from idl.functions import ImplicitFunction, ImplicitFunctionInf
 from idl.nn import ImplicitModel
 from idl.sim import rescaling
 from idl.sim.capture import Matrices, Teacher
@@ -112,20 +113,24 @@ class SIM:
         """Fit to moments that are there; ``near`` is a fit with another ``lam``."""
         start = None if near is None else near.certificate_
         states = self._state_rows(recorded, None if start is None else start.states.W)
-        self.model_ = states.model
-        outputs, explained = self._output_rows(recorded, loader, None if start is None else start.outputs.W)
+        outputs, explained = self._output_rows(recorded, states, loader, None if start is None else start.outputs.W)
         self.certificate_ = Certificate(
             states.solution,
             outputs,
             self.solver.tol,
-            self.model_.A.detach().double().abs().sum(1),
+            states.model.A.detach().double().abs().sum(1),
             self.kappa,
-            _kept(self.model_, recorded.teacher.weights),
+            _kept(states.model, recorded.teacher.weights),
             explained,
             states.rescaling,
             recorded.moments.samples,
         )
+        self.model_ = states.model  # last, so that a fit that fails leaves none
         return self
+
+    def _radius(self, recorded: "Recorded") -> float:
+        """Return the bound on row sums: ``kappa``, or less for an activation whose slope exceeds 1."""
+        return self.kappa / max(1.0, recorded.teacher.activation.lipschitz or 1.0)
 
     def _search(self, recorded: "Recorded", loader: Iterable[Any], most: float) -> "SIM":
         """Fit with the smallest ``lam`` that keeps at most this part of the teacher's weights, nearly."""
@@ -158,10 +163,12 @@ class SIM:
         settings = (self.kappa, lam, self.l1_ratio, self.rescale, self.debias, self.refit)
         return SIM(self.solver, *settings, layers=self.layers)
 
-    def predict(self, u: Tensor) -> Float[Tensor, "batch q"]:
+    def predict(self, u: Tensor) -> Float[Tensor, "*batch q"]:
         """Return the outputs of :attr:`model_` for inputs, without a gradient."""
+        model = self._fitted()
         with torch.no_grad():
-            prediction: Tensor = self._fitted()(u)
+            flat = checks.floating_tensor("u", u).to(model.A)
+            prediction: Tensor = model(flat.flatten(1) if flat.dim() > 1 else flat)
         return prediction
 
     def score(self, loader: Iterable[Any]) -> float:
@@ -175,7 +182,12 @@ class SIM:
             if not isinstance(batch, (tuple, list)) or len(batch) < 2:
                 raise TypeError("`loader` must yield pairs (inputs, labels) to be scored; got inputs alone.")
             guess = self.predict(batch[0]).argmax(1)
-            right += int((guess == batch[1].to(guess.device)).sum())
+            labels = torch.as_tensor(batch[1]).to(guess.device)
+            if labels.shape != guess.shape:
+                raise ValueError(
+                    f"`loader` must yield one integer label a sample, {tuple(guess.shape)}; got {tuple(labels.shape)}."
+                )
+            right += int((guess == labels).sum())
             total += len(guess)
         if not total:
             raise ValueError("`loader` must yield at least one sample; got none.")
@@ -192,23 +204,22 @@ class SIM:
         n = len(scale)
         moments = recorded.state_moments.scaled(torch.cat((scale, scale.new_ones(recorded.inputs))), scale)
         centred = moments.centred() if recorded.biased else moments
-        problem = self._problem(centred, ball=n)
-        solution = self.solver.solve(problem, start)
-        W = debias(problem, solution.W) if self.debias else solution.W
+        radius = self._radius(recorded)
+        solution, W = self._solved(centred, n, radius, start)
         model = self._empty_model(recorded, n)
         with torch.no_grad():
-            stored = _inside(W[:, :n], self.kappa)
+            stored = _inside(W[:, :n], radius) if self.solver.keeps_ball else W[:, :n]
             model.A[:n, :n], model.B[:n] = stored.to(model.A), W[:, n:].to(model.B)
             if model.bias is not None:
                 model.bias[:n] = (moments.mean_T - W @ moments.mean_S).to(model.bias)
                 model.bias[n:] = 1  # the unit that carries the bias of the outputs
-        return _States(model, solution, name)
+        return _States(model, solution, name, scale)
 
     def _output_rows(
-        self, recorded: "Recorded", loader: Iterable[Any], start: Tensor | None
+        self, recorded: "Recorded", states: "_States", loader: Iterable[Any], start: Tensor | None
     ) -> tuple[RowSolution, Tensor]:
         """Solve for C and D; return the rows' solution and the part of the outputs that the model explains."""
-        model, teacher = self.model_, recorded.teacher
+        model, teacher, scale = states.model, recorded.teacher, states.scale
         n = model.hidden_dim - (1 if recorded.biased else 0)
         pairs = (
             (torch.cat((_states(model, u)[:, :n], recording.U), 1), recording.Y)
@@ -216,11 +227,13 @@ class SIM:
         )
         equilibrium = accumulate(pairs, last=recorded.moments.gram[recorded.states :, recorded.states :])
         _check_same_inputs(equilibrium, recorded)
-        moments = equilibrium if self.refit else recorded.output_moments
+        moments = equilibrium
+        if not self.refit:
+            outputs = recorded.output_moments
+            columns = torch.cat((scale, scale.new_ones(recorded.inputs)))
+            moments = outputs.scaled(columns, torch.ones_like(outputs.energies))
         centred = moments.centred() if recorded.biased else moments
-        problem = self._problem(centred, ball=0)
-        solution = self.solver.solve(problem, start)
-        W = debias(problem, solution.W) if self.debias else solution.W
+        solution, W = self._solved(centred, 0, self.kappa, start)
         assert model.D is not None
         with torch.no_grad():
             model.C[:, :n], model.D[:] = W[:, :n].to(model.C), W[:, n:].to(model.D)
@@ -228,17 +241,21 @@ class SIM:
                 constant = model.f.activation(torch.ones(()))
                 model.C[:, n] = (moments.mean_T - W @ moments.mean_S).to(model.C) / constant
             W = torch.cat((model.C[:, :n], model.D), 1).double()
-        test = self._problem(equilibrium.centred(), ball=0)
-        unexplained = 2 * test.objective(W, test.residual_correlations(W)) - 2 * W.abs() @ test.penalty
-        return solution, 1 - unexplained / test.energies.clamp_min(torch.finfo(torch.float64).tiny)
+        test = equilibrium.centred()
+        unexplained = test.energies - 2 * (W * test.cross).sum(1) + ((W @ test.gram) * W).sum(1)
+        tiny = torch.finfo(torch.float64).tiny
+        return solution, 1 - unexplained.clamp_min(0) / test.energies.clamp_min(tiny)
 
-    def _problem(self, moments: Moments, ball: int) -> RowProblem:
-        gram = moments.gram
-        if self.l1_ratio < 1:
-            ridge = self.lam * (1 - self.l1_ratio)
-            gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    def _solved(self, moments: Moments, ball: int, radius: float, start: Tensor | None) -> tuple[RowSolution, Tensor]:
+        """Return the rows' solution, and their weights after debiasing."""
         penalty = torch.full_like(moments.mean_S, self.lam * self.l1_ratio)
-        return RowProblem(gram, moments.cross, moments.energies, penalty, ball, self.kappa)
+        least_squares = RowProblem(moments.gram, moments.cross, moments.energies, penalty, ball, radius)
+        ridge = self.lam * (1 - self.l1_ratio) * torch.eye(len(penalty), dtype=penalty.dtype, device=penalty.device)
+        problem = replace(least_squares, gram=moments.gram + ridge) if self.l1_ratio < 1 else least_squares
+        solution = self.solver.solve(problem, start)
+        if self.debias and self.solver.keeps_ball:
+            return solution, debias(least_squares, solution.W)
+        return solution, solution.W
 
     def _scale(self, recorded: "Recorded") -> tuple[Tensor, str]:
         """Return the factor of each state, and how it was chosen."""
@@ -257,14 +274,16 @@ class SIM:
         return rescaling.unit_variance(A, sizes, energies, self.kappa), "unit_variance"
 
     def _empty_model(self, recorded: "Recorded", n: int) -> ImplicitModel:
-        model = ImplicitModel(
-            n + (1 if recorded.biased else 0),
-            recorded.inputs,
-            len(recorded.output_moments.energies),
-            activation=recorded.teacher.activation,
-            kappa=self.kappa,
-            bias=recorded.biased,
-        )
+        inside = ImplicitFunctionInf(kappa=self.kappa, activation=recorded.teacher.activation)
+        free = ImplicitFunction(activation=recorded.teacher.activation)
+        with torch.random.fork_rng(devices=[]):  # its initial parameters are not used, nor is what they draw
+            model = ImplicitModel(
+                n + (1 if recorded.biased else 0),
+                recorded.inputs,
+                len(recorded.output_moments.energies),
+                f=inside if self.solver.keeps_ball else free,
+                bias=recorded.biased,
+            )
         dtype = torch.float64 if recorded.teacher.dtype == torch.float64 else torch.float32
         model.to(device=recorded.moments.gram.device, dtype=dtype)
         with torch.no_grad():
@@ -301,6 +320,7 @@ class _States:
     model: ImplicitModel
     solution: RowSolution
     rescaling: str
+    scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -331,12 +351,14 @@ class Recorded:
 
 def record(teacher: nn.Module, loader: Iterable[Any], layers: Sequence[str] | None = None) -> Recorded:
     """Run a teacher on all inputs of a loader once, and keep second moments only."""
-    if iter(loader) is loader:
+    if isinstance(loader, Tensor):
+        raise TypeError("`loader` must yield batches; got a tensor, whose rows are single samples. Try [inputs].")
+    if isinstance(loader, Iterator):
         raise TypeError("`loader` must be iterable twice, as a DataLoader or a list of batches is; got an iterator.")
-    first = next(iter(loader), None)
+    first = next((u for u in (_inputs(batch, teacher) for batch in loader) if len(u)), None)
     if first is None:
-        raise ValueError("`loader` must yield at least one batch; got none.")
-    watched = Teacher(teacher, _inputs(first, teacher), layers)
+        raise ValueError("`loader` must yield at least one batch with at least one sample; got none.")
+    watched = Teacher(teacher, first, layers)
     moments = accumulate(
         (torch.cat((recording.X, recording.U), 1), torch.cat((recording.Z, recording.Y), 1))
         for _, recording in _recordings(watched, loader)
@@ -347,8 +369,10 @@ def record(teacher: nn.Module, loader: Iterable[Any], layers: Sequence[str] | No
 
 def _check_same_inputs(again: Moments, recorded: Recorded) -> None:
     """Check that the second pass saw the inputs of the first, which share a Gram matrix."""
-    mean, before = again.mean_S[-recorded.inputs :], recorded.moments.mean_S[-recorded.inputs :]
-    if again.samples != recorded.moments.samples or not torch.allclose(mean, before, rtol=1e-9, atol=1e-12):
+    first, inputs = recorded.moments, slice(recorded.states, None)
+    apart = (again.mean_S[inputs] - first.mean_S[inputs]).abs()
+    size = first.gram.diagonal()[inputs].clamp_min(0).sqrt()  # the order of summation shows in the last digits
+    if again.samples != first.samples or bool((apart > 1e-9 * size).any()):
         raise ValueError(
             "`loader` must yield the same samples each time it is passed over, in any order; the second pass differed. "
             "Leave random augmentation and sampling out, or make a list of the batches first."

@@ -7,6 +7,7 @@ from idl.sim.solvers.coordinate import CoordinateDescent
 from idl.sim.solvers.cvx import CVX
 from idl.sim.solvers.gradient import AcceleratedGradient
 from idl.sim.solvers.hybrid import Hybrid
+from idl.sim.solvers.least_squares import LeastSquares
 
 __all__ = [
     "ADMM",
@@ -16,5 +17,6 @@ __all__ = [
     "ConsensusADMM",
     "CoordinateDescent",
     "Hybrid",
+    "LeastSquares",
     "RowSolution",
 ]

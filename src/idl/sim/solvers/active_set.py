@@ -58,7 +58,7 @@ def multiplier(problem: RowProblem, W: Tensor, q: Tensor) -> Tensor:
     inside, sizes = W[:, : problem.ball], problem.penalty[: problem.ball]
     count = (inside != 0).sum(1)
     excess = (q[:, : problem.ball] * inside.sign() - sizes * (inside != 0)).sum(1) / count.clamp_min(1)
-    reached = inside.abs().sum(1) > problem.radius * (1 - 1e-9)
+    reached = inside.abs().sum(1) > problem.radius * (1 - 1e-6)
     return torch.where(reached & (count > 0), excess.clamp_min(0), 0)
 
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -52,6 +53,9 @@ class AbstractRowSolver(ABC):
 
     tol: float = 1e-4
     max_steps: int = 20_000
+
+    keeps_ball: ClassVar[bool] = True
+    """Whether every point that is returned is feasible."""
 
     def __post_init__(self) -> None:
         checks.non_negative("tol", self.tol)

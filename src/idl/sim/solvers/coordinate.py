@@ -29,9 +29,9 @@ class CoordinateDescent(AbstractRowSolver):
         """Return the best point found for each row; see :class:`AbstractRowSolver`."""
         incumbent = Incumbent(problem, self.tol, start)
         spent = 0
-        mu = torch.zeros_like(problem.energies)
+        mu, current = torch.zeros_like(problem.energies), incumbent.W.clone()
         while len(rows := incumbent.open) and spent < self.max_steps:
-            part, W = problem.take(rows), incumbent.W[rows].clone()
+            part, W = problem.take(rows), current[rows]
             q = part.residual_correlations(W)
             penalty = problem.penalty.expand_as(W).clone()
             penalty[:, : problem.ball] += mu[rows, None]
@@ -40,7 +40,10 @@ class CoordinateDescent(AbstractRowSolver):
             W = part.project(W)
             incumbent.offer(rows, W, part.residual_correlations(W))
             spent += _EPOCHS + newton(incumbent, incumbent.open, _NEWTON_STEPS)
-            W = incumbent.W[rows]
+            # Newton's point where it is better; else the passes go on, though what they gain may be below rounding.
+            better = incumbent.objective[rows] < part.objective(W, part.residual_correlations(W)) * (1 - 1e-12)
+            W = torch.where(better[:, None], incumbent.W[rows], W)
+            current[rows] = W
             mu[rows] = multiplier(part, W, part.residual_correlations(W))
         return incumbent.solution(spent)
 

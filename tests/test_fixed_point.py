@@ -345,3 +345,9 @@ def test_a_function_without_a_fixed_point_is_not_called_solved(solver):
 def test_an_adjoint_asks_for_a_solver_when_it_is_made():
     with pytest.raises(TypeError):
         ImplicitAdjoint(Newton)
+
+
+def test_a_fixed_point_is_found_in_inference_mode():
+    with torch.inference_mode():
+        solution = fixed_point(torch.cos, torch.ones(3, 2, dtype=torch.float64))
+    torch.testing.assert_close(solution.x, torch.full_like(solution.x, 0.7390851332), rtol=0, atol=1e-5)

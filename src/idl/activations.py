@@ -35,6 +35,16 @@ class Activation:
         # A callable may work in place, as nn.ReLU(inplace=True) does; one that has an in-place form beside it does not.
         return self.phi(z if self.phi_ is not None else z.clone())
 
+    def slope(self, z: Tensor) -> Tensor:
+        """Return the derivative at ``z``.
+
+        Raises:
+            TypeError: If it is not known.
+        """
+        if self.derivative is None:
+            raise TypeError(f"{self!r} has no known derivative; autograd differentiates it.")
+        return self.derivative(z)
+
     def __repr__(self) -> str:
         return self.name
 

@@ -168,8 +168,8 @@ def _make_sparse(
     save_weights(folder.path / "sim.safetensors", model)
     kept = certificate.weights_kept
     title = f"State-driven model: {kept.total:,} weights, {100 * kept.fraction:.1f} % of the explicit network's"
-    assert model.D is not None
-    draw_sparsity(model.A, model.B, model.C, model.D, folder.path / "sparsity.png", title=title)
+    D = model.get_parameter("D")
+    draw_sparsity(model.A, model.B, model.C, D, folder.path / "sparsity.png", title=title)
     gap = float(torch.cat((certificate.states.gap, certificate.outputs.gap)).max())
     norm = float(certificate.row_sums.max())
     return SparseResult(sim.score([(test.inputs, test.labels)]), kept.fraction, gap, norm, seconds)

@@ -134,7 +134,7 @@ def _fixed_point(
     start = pytree.tree_map(Tensor.clone, x0)
     captured, image = captured_tensors(f, (start, *params))
     layout.check(image)
-    if any(leaf._version for leaf in pytree.tree_leaves(start)):
+    if any(leaf._version for leaf in pytree.tree_leaves(start) if not leaf.is_inference()):
         raise ValueError("`f` must not change its argument in place; write x * 0.5 instead of x.mul_(0.5).")
     if layout.batched and not transforms_are_active() and _rows_couple(f, x0, params, image):
         layout = layout.as_one_row()

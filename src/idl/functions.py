@@ -74,9 +74,7 @@ class ImplicitFunction:
 
     def dphi(self, z: Tensor) -> Tensor:
         """Return the derivative of a componentwise activation at ``z``; override it together with :meth:`phi`."""
-        if self.activation.derivative is None:
-            raise TypeError(f"{self.activation!r} has no known derivative; autograd differentiates it.")
-        return self.activation.derivative(z)
+        return self.activation.slope(z)
 
     def state_matrix(self, A: StateParameters) -> StateMatrix:
         """Return the admissible state matrix of the free parameter ``A``, in its dtype."""

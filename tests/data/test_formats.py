@@ -40,9 +40,12 @@ def test_a_file_that_is_not_idx_is_refused(encode, change, message):
 def test_any_bytes_are_parsed_or_refused_with_a_value_error(data):
     for parse in (lambda data: parse_idx(data, ndim=1), parse_cifar10):
         try:
-            parse(data)
-        except ValueError:
-            pass
+            parsed = parse(data)
+        except ValueError as error:
+            assert str(error)
+        else:
+            parts = parsed if isinstance(parsed, tuple) else (parsed,)
+            assert sum(np.asarray(part).size for part in parts) <= len(data)
 
 
 def test_parsing_a_cifar10_batch_returns_what_was_encoded(encode):

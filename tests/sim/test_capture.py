@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 import oracles
 from idl.errors import CaptureError
 from idl.sim.capture import Teacher
-from idl.sim.sim import record
+from idl.sim.recording import record
 from problems import random
 from sim.teachers import KNOWN, MLP, SPELLINGS, seeded, spelled
 
@@ -419,7 +419,7 @@ def test_one_number_for_each_sample_is_an_output():
 
 def test_default_settings_may_be_written_out():
     for phi in (lambda z: F.softplus(z, beta=1), lambda z: F.softplus(z, 1.0, 20.0), lambda z: F.leaky_relu(z, 0.01)):
-        Teacher(seeded(lambda phi=phi: MLP(phi)), example())
+        assert Teacher(seeded(lambda phi=phi: MLP(phi)), example()).activation.name in ("softplus", "leaky_relu")
 
 
 def test_affine_operations_of_many_kinds_are_allowed():
@@ -511,4 +511,5 @@ def test_rounding_in_a_wide_teacher_is_not_taken_for_something_else(dtype, size)
     for seed in range(3):
         torch.manual_seed(seed)
         layers = (nn.Linear(64, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10))
-        Teacher(nn.Sequential(*layers).to(dtype), (size * torch.rand(8, 64)).to(dtype))
+        teacher = Teacher(nn.Sequential(*layers).to(dtype), (size * torch.rand(8, 64)).to(dtype))
+        assert [layer.units for layer in teacher.layers] == [400, 400]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from idl.sim.moments import Moments, accumulate
-from idl.sim.sim import record
+from idl.sim.recording import record
 from problems import random
 
 ROUNDING = {"rtol": 1e-12, "atol": 1e-13}

@@ -20,7 +20,7 @@ import oracles
 from idl import SIM, ImplicitModel
 from idl.sim.debias import debias
 from idl.sim.problem import RowProblem
-from idl.sim.sim import record
+from idl.sim.recording import record
 from idl.sim.solvers import Hybrid
 from problems import random
 

@@ -55,7 +55,8 @@ class UnrolledIteration(AbstractFixedPointSolver):
 
     def init(self, problem: Problem, x: Tensor | None) -> tuple[State, int]:
         """Measure the residual at ``x``."""
-        assert x is not None
+        if x is None:
+            raise TypeError("UnrolledIteration measures where recorded steps led; got no such point.")
         residual = problem.distance(problem(x), x)
         tolerance = self.tolerance(problem, x)
         worst = largest_ratio(residual, tolerance)

@@ -72,9 +72,8 @@ class AffineMap(ParametricMap):
     def _slope(self, x: Tensor, parameters: Parameters) -> Tensor:
         if self.activation.derivative_of_output is not None:
             return self.activation.derivative_of_output(x)
-        assert self.activation.derivative is not None
         Z, *tensors = parameters
-        return self.activation.derivative(self.kind(*tensors).apply(x) + Z)
+        return self.activation.slope(self.kind(*tensors).apply(x) + Z)
 
 
 @dataclass(frozen=True)
@@ -245,8 +244,7 @@ class _AffineProblem(_MatrixProblem):
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.state_matrix.precise.apply(to_precise(x)) + self.Z
-        assert self.activation.derivative is not None
-        return self.activation(z), self.activation.derivative(z).to(self.Z.dtype)
+        return self.activation(z), self.activation.slope(z).to(self.Z.dtype)
 
     def substitute(self, x: Tensor | None) -> Tensor | None:
         return _substitute(self.state_matrix, self.Z, lambda units, z: self.activation(z))

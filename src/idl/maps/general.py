@@ -182,7 +182,8 @@ class _GeneralProblem(Problem):
     def start(self, x: Tensor | None) -> Tensor:
         if x is not None:
             return self.function(x)
-        assert self.source is not None, "only a linear map may start at zero unasked"
+        if self.source is None:
+            raise TypeError("a map that is known by its values alone needs a start; got None.")
         return self.source
 
     def norm(self, x: Tensor) -> Tensor:

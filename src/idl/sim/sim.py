@@ -13,11 +13,11 @@ from idl import checks
 from idl.functions import ImplicitFunction, ImplicitFunctionInf
 from idl.nn import ImplicitModel
 from idl.sim import rescaling
-from idl.sim.capture import Matrices, Teacher
 from idl.sim.certificate import Certificate, WeightsKept
 from idl.sim.debias import debias
 from idl.sim.moments import Moments, accumulate
 from idl.sim.problem import RowProblem
+from idl.sim.recording import Recorded, check_same_inputs, record, recordings
 from idl.sim.solvers.base import AbstractRowSolver, RowSolution
 from idl.sim.solvers.hybrid import Hybrid
 
@@ -109,7 +109,7 @@ class SIM:
             return self._fit(recorded, loader)
         return self._search(recorded, loader, 1 - checks.in_open_unit("target_sparsity", target_sparsity))
 
-    def _fit(self, recorded: "Recorded", loader: Iterable[Any], near: "SIM | None" = None) -> "SIM":
+    def _fit(self, recorded: Recorded, loader: Iterable[Any], near: "SIM | None" = None) -> "SIM":
         """Fit to moments that are there; ``near`` is a fit with another ``lam``."""
         start = None if near is None else near.certificate_
         states = self._state_rows(recorded, None if start is None else start.states.W)
@@ -128,11 +128,11 @@ class SIM:
         self.model_ = states.model  # last, so that a fit that fails leaves none
         return self
 
-    def _radius(self, recorded: "Recorded") -> float:
+    def _radius(self, recorded: Recorded) -> float:
         """Return the bound on row sums: ``kappa``, or less for an activation whose slope exceeds 1."""
         return self.kappa / max(1.0, recorded.teacher.activation.lipschitz or 1.0)
 
-    def _search(self, recorded: "Recorded", loader: Iterable[Any], most: float) -> "SIM":
+    def _search(self, recorded: Recorded, loader: Iterable[Any], most: float) -> "SIM":
         """Fit with the smallest ``lam`` that keeps at most this part of the teacher's weights, nearly."""
         enough: SIM | None = None
         low, high = 0.0, math.inf  # lam that keeps too many, and lam that keeps few enough
@@ -198,7 +198,7 @@ class SIM:
             raise ValueError("this SIM has no model yet; call fit(teacher, loader) first.")
         return self.model_
 
-    def _state_rows(self, recorded: "Recorded", start: Tensor | None) -> "_States":
+    def _state_rows(self, recorded: Recorded, start: Tensor | None) -> "_States":
         """Solve for A and B and put them into a model whose C and D are still missing."""
         scale, name = self._scale(recorded)
         n = len(scale)
@@ -216,17 +216,17 @@ class SIM:
         return _States(model, solution, name, scale)
 
     def _output_rows(
-        self, recorded: "Recorded", states: "_States", loader: Iterable[Any], start: Tensor | None
+        self, recorded: Recorded, states: "_States", loader: Iterable[Any], start: Tensor | None
     ) -> tuple[RowSolution, Tensor]:
         """Solve for C and D; return the rows' solution and the part of the outputs that the model explains."""
         model, teacher, scale = states.model, recorded.teacher, states.scale
         n = model.hidden_dim - (1 if recorded.biased else 0)
         pairs = (
             (torch.cat((_states(model, u)[:, :n], recording.U), 1), recording.Y)
-            for u, recording in _recordings(teacher, loader)
+            for u, recording in recordings(teacher, loader)
         )
         equilibrium = accumulate(pairs, last=recorded.moments.gram[recorded.states :, recorded.states :])
-        _check_same_inputs(equilibrium, recorded)
+        check_same_inputs(equilibrium, recorded)
         moments = equilibrium
         if not self.refit:
             outputs = recorded.output_moments
@@ -234,13 +234,13 @@ class SIM:
             moments = outputs.scaled(columns, torch.ones_like(outputs.energies))
         centred = moments.centred() if recorded.biased else moments
         solution, W = self._solved(centred, 0, self.kappa, start)
-        assert model.D is not None
+        D = model.get_parameter("D")
         with torch.no_grad():
-            model.C[:, :n], model.D[:] = W[:, :n].to(model.C), W[:, n:].to(model.D)
+            model.C[:, :n], D[:] = W[:, :n].to(model.C), W[:, n:].to(D)
             if recorded.biased:
                 constant = model.f.activation(torch.ones(()))
                 model.C[:, n] = (moments.mean_T - W @ moments.mean_S).to(model.C) / constant
-            W = torch.cat((model.C[:, :n], model.D), 1).double()
+            W = torch.cat((model.C[:, :n], D), 1).double()
         test = equilibrium.centred()
         unexplained = test.energies - 2 * (W * test.cross).sum(1) + ((W @ test.gram) * W).sum(1)
         tiny = torch.finfo(torch.float64).tiny
@@ -257,7 +257,7 @@ class SIM:
             return solution, debias(least_squares, solution.W)
         return solution, solution.W
 
-    def _scale(self, recorded: "Recorded") -> tuple[Tensor, str]:
+    def _scale(self, recorded: Recorded) -> tuple[Tensor, str]:
         """Return the factor of each state, and how it was chosen."""
         A, energies = recorded.matrices.A, recorded.state_moments.energies
         sizes = [layer.units for layer in recorded.teacher.layers[::-1]]
@@ -273,7 +273,7 @@ class SIM:
             return rescaling.closed_form(A, self.kappa), "closed_form"
         return rescaling.unit_variance(A, sizes, energies, self.kappa), "unit_variance"
 
-    def _empty_model(self, recorded: "Recorded", n: int) -> ImplicitModel:
+    def _empty_model(self, recorded: Recorded, n: int) -> ImplicitModel:
         inside = ImplicitFunctionInf(kappa=self.kappa, activation=recorded.teacher.activation)
         free = ImplicitFunction(activation=recorded.teacher.activation)
         with torch.random.fork_rng(devices=[]):  # its initial parameters are not used, nor is what they draw
@@ -307,10 +307,10 @@ def lambda_path(teacher: nn.Module, loader: Iterable[Any], lams: Iterable[float]
         CaptureError, TypeError, ValueError: As :class:`SIM` and :meth:`SIM.fit` do.
     """
     unfitted = [SIM(lam=lam, **settings) for lam in sorted(lams, reverse=True)]
-    recorded = record(teacher, loader, settings.get("layers")) if unfitted else None
-    near = None
+    if not unfitted:
+        return
+    recorded, near = record(teacher, loader, settings.get("layers")), None
     for sim in unfitted:
-        assert recorded is not None
         near = sim._fit(recorded, loader, near)
         yield near
 
@@ -323,86 +323,6 @@ class _States:
     scale: Tensor
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """A teacher, and the moments of regressors ``[X U]`` and targets ``[Z Y]`` on the samples of a loader."""
-
-    teacher: Teacher
-    matrices: Matrices
-    moments: Moments
-    states: int
-    inputs: int
-
-    @property
-    def biased(self) -> bool:
-        """Whether the teacher has a bias anywhere."""
-        return bool(self.matrices.b.any() or self.matrices.d.any())
-
-    @property
-    def state_moments(self) -> Moments:
-        """Moments of ``[X U]`` and ``Z``."""
-        return _targets(self.moments, slice(None, self.states))
-
-    @property
-    def output_moments(self) -> Moments:
-        """Moments of ``[X U]`` and ``Y``."""
-        return _targets(self.moments, slice(self.states, None))
-
-
-def record(teacher: nn.Module, loader: Iterable[Any], layers: Sequence[str] | None = None) -> Recorded:
-    """Run a teacher on all inputs of a loader once, and keep second moments only."""
-    if isinstance(loader, Tensor):
-        raise TypeError("`loader` must yield batches; got a tensor, whose rows are single samples. Try [inputs].")
-    if isinstance(loader, Iterator):
-        raise TypeError("`loader` must be iterable twice, as a DataLoader or a list of batches is; got an iterator.")
-    first = next((u for u in (_inputs(batch, teacher) for batch in loader) if len(u)), None)
-    if first is None:
-        raise ValueError("`loader` must yield at least one batch with at least one sample; got none.")
-    watched = Teacher(teacher, first, layers)
-    moments = accumulate(
-        (torch.cat((recording.X, recording.U), 1), torch.cat((recording.Z, recording.Y), 1))
-        for _, recording in _recordings(watched, loader)
-    )
-    states = sum(layer.units for layer in watched.layers)
-    return Recorded(watched, watched.matrices(), moments, states, len(moments.gram) - states)
-
-
-def _check_same_inputs(again: Moments, recorded: Recorded) -> None:
-    """Check that the second pass saw the inputs of the first, which share a Gram matrix."""
-    first, inputs = recorded.moments, slice(recorded.states, None)
-    apart = (again.mean_S[inputs] - first.mean_S[inputs]).abs()
-    size = first.gram.diagonal()[inputs].clamp_min(0).sqrt()  # the order of summation shows in the last digits
-    if again.samples != first.samples or bool((apart > 1e-9 * size).any()):
-        raise ValueError(
-            "`loader` must yield the same samples each time it is passed over, in any order; the second pass differed. "
-            "Leave random augmentation and sampling out, or make a list of the batches first."
-        )
-
-
-def _targets(moments: Moments, which: slice) -> Moments:
-    m = moments
-    return Moments(m.gram, m.cross[which], m.energies[which], m.mean_S, m.mean_T[which], m.samples)
-
-
-def _recordings(teacher: Teacher, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
-    for batch in loader:
-        u = _inputs(batch, teacher.module)
-        if tuple(u.shape[1:]) != teacher.input_shape:
-            raise ValueError(
-                f"`loader` must yield batches of one shape; after samples of shape {teacher.input_shape} came "
-                f"{tuple(u.shape[1:])}."
-            )
-        if len(u):
-            yield u, teacher.record(u)
-
-
-def _inputs(batch: Any, teacher: nn.Module) -> Tensor:
-    u = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    u = checks.floating_tensor("loader", u)
-    parameter = next(teacher.parameters(), None)
-    return u if parameter is None else u.to(parameter.device)
-
-
 def _states(model: ImplicitModel, u: Tensor) -> Tensor:
     with torch.no_grad():
         x: Tensor = model.f(model.A, model.B, u.flatten(1).to(model.A), bias=model.bias)
@@ -410,8 +330,7 @@ def _states(model: ImplicitModel, u: Tensor) -> Tensor:
 
 
 def _kept(model: ImplicitModel, teacher: int) -> WeightsKept:
-    assert model.D is not None
-    A, B, C, D = (int(matrix.count_nonzero()) for matrix in (model.A, model.B, model.C, model.D))
+    A, B, C, D = (int(model.get_parameter(name).count_nonzero()) for name in "ABCD")
     return WeightsKept(A, B, C, D, teacher)
 
 

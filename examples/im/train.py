@@ -31,7 +31,6 @@ from idl.training import (
     progress_line,
     report_equilibrium,
     save_weights,
-    settings_that_differ,
     stop_on_interrupt,
 )
 
@@ -81,15 +80,9 @@ def train(settings: Settings, out: Path, console: Console, fresh: bool = False) 
     checkpoint = folder.path / "checkpoint.safetensors"
     if fresh:
         checkpoint.unlink(missing_ok=True)
-    elif (earlier := folder.settings()) is not None:
-        if differences := settings_that_differ(earlier, asdict(settings)):
-            raise ValueError(
-                f"{out} holds a run with other settings: {', '.join(differences)}.\n"
-                "    Name another folder with --out, or start again in this one with --fresh."
-            )
-        if (metrics := folder.metrics()) is not None:
-            console.print(f"Finished already (--fresh trains again): {out}", soft_wrap=True)
-            return metrics
+    elif (metrics := folder.finished(asdict(settings))) is not None:
+        console.print(f"Finished already (--fresh trains again): {out}", soft_wrap=True)
+        return metrics
 
     # 2. The data, on the device once.
     data = idl.data.load(settings.dataset)

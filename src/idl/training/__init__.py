@@ -4,11 +4,12 @@ The models know nothing of this room, and importing `idl` does not import it. No
 :func:`progress_line` to the console that it is given.
 """
 
+from idl.training.atomic import write_json
 from idl.training.baseline import ExplicitMLP
 from idl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from idl.training.classifier import EpochRecord, History, Labelled, Progress, Recipe, evaluate, fit_classifier
 from idl.training.diagnostics import EquilibriumReport, picard_residuals, report_equilibrium
-from idl.training.figures import draw_equilibrium, draw_sparsity, draw_training
+from idl.training.figures import draw_equilibrium, draw_sparsity, draw_tradeoff, draw_training
 from idl.training.interruption import stop_on_interrupt
 from idl.training.progress import progress_line
 from idl.training.runs import RunFolder, save_weights, settings_that_differ
@@ -27,6 +28,7 @@ __all__ = [
     "RunFolder",
     "draw_equilibrium",
     "draw_sparsity",
+    "draw_tradeoff",
     "draw_training",
     "evaluate",
     "fit_classifier",
@@ -38,4 +40,5 @@ __all__ = [
     "save_weights",
     "settings_that_differ",
     "stop_on_interrupt",
+    "write_json",
 ]

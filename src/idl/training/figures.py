@@ -134,6 +134,32 @@ def draw_sparsity(
     _save(figure, path)
 
 
+def draw_tradeoff(curves: Mapping[str, Sequence[tuple[float, float]]], reference: float, path: Path) -> None:
+    """Draw accuracy against the part of the weights kept, one line a method, to a PNG.
+
+    Args:
+        curves: Points of each method: weights kept in percent, from few to many, and accuracy in percent.
+        reference: Accuracy of the network that all of them start from, in percent.
+        path: File to write; its folder must exist.
+    """
+    figure = _figure(9.0, 4.5)
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(curves.items()):
+        line, marker = ("-", "--", ":")[i // len(_COLOURS)], "os^"[i // len(_COLOURS)]
+        kept, accuracies = zip(*points, strict=True)
+        colour = _COLOURS[i % len(_COLOURS)]
+        axes.plot(kept, accuracies, color=colour, linestyle=line, marker=marker, markersize=4, label=name)
+    axes.axhline(reference, color="#555555", linewidth=1.0, linestyle=(0, (4, 2)), label="teacher")
+    axes.set(xlabel="weights kept (%)", ylabel="accuracy (%)", xscale="log")
+    ticks = sorted({part for points in curves.values() for part, _ in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.set_ylim(bottom=max(reference - 20, 0), top=reference + 2)
+    figure.legend(loc="outside right center", frameon=False)
+    _tidy(axes)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     """Return an empty figure of this size in inches; unlike pyplot's it belongs to nobody else."""
     from matplotlib.figure import Figure

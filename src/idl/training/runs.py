@@ -54,6 +54,24 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def finished(self, settings: Mapping[str, object]) -> dict[str, object] | None:
+        """Return the results if the folder holds a finished run with these settings; ``None`` if one may go on here.
+
+        Args:
+            settings: As for :meth:`start`.
+
+        Raises:
+            ValueError: If the folder holds a run with other settings.
+        """
+        if (earlier := self.settings()) is None:
+            return None
+        if differences := settings_that_differ(earlier, settings):
+            raise ValueError(
+                f"{self.path} holds a run with other settings: {', '.join(differences)}.\n"
+                "    Name another folder with --out, or start again in this one with --fresh."
+            )
+        return self.metrics()
+
     def start(self, settings: Mapping[str, object]) -> None:
         """Write the settings and mark the run as unfinished.
 

@@ -1,12 +1,14 @@
 """The convex problem of each row of a state-driven model, from second moments alone, and its certificate."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from idl.linalg.projections import l1_ball_threshold
+from idl.sim import reverse_huber
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,17 @@ class RowProblem:
     :math:`|z - S w|^2 / (2m)`, the scaling of scikit-learn. The first ``ball`` columns must satisfy
     :math:`\sum_j |w_j| \le \kappa`. All rows share ``G``, whose number of samples nobody sees any more.
 
+    With a finite knee ``k`` the penalty of an entry beyond it is :math:`p_j (w_j^2 + k^2) / (2k)`, which joins
+    smoothly: the reverse Huber penalty, the convex relaxation of a number of weights with a ridge.
+
     Attributes:
         gram: ``G``, symmetric and positive semidefinite, float64.
         correlations: ``h``, one row a row.
         energies: ``e``.
-        penalty: ``p >= 0``; a column outside the ball must have ``p > 0``.
+        penalty: ``p >= 0``. Solvers eliminate the columns outside the ball that have ``p = 0``; their bound is 0.
         ball: Number of leading columns inside the ball; 0 for no ball.
         radius: ``kappa``.
+        knee: ``k > 0``; infinite for a penalty that is :math:`|w_j|` throughout.
     """
 
     gram: Float[Tensor, "d d"]
@@ -34,6 +40,14 @@ class RowProblem:
     penalty: Float[Tensor, " d"]
     ball: int
     radius: float
+    knee: float = math.inf
+
+    @property
+    def free(self) -> Bool[Tensor, " d"]:
+        """Which columns are outside the ball and without a penalty."""
+        free = self.penalty == 0
+        free[: self.ball] = False
+        return free
 
     def take(self, rows: Tensor) -> "RowProblem":
         """Return the problem of these rows."""
@@ -45,16 +59,37 @@ class RowProblem:
 
     def objective(self, W: Float[Tensor, "rows d"], q: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
         """Return the objective of each row; ``q`` is ``residual_correlations(W)``."""
-        return 0.5 * self._unexplained(W, q) + W.abs() @ self.penalty
+        sizes = W.abs() if self.knee == math.inf else reverse_huber.value(W.abs(), self.knee)
+        return 0.5 * self._unexplained(W, q) + sizes @ self.penalty
+
+    def slopes(self, W: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
+        """Return the derivative of the penalty by the size of each entry; at 0 that to its right."""
+        if self.knee == math.inf:
+            return self.penalty.expand_as(W)
+        return self.penalty * (W.abs() / self.knee).clamp_min(1)
+
+    def curvatures(self, W: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
+        """Return the second derivative of the penalty by the size of each entry."""
+        return torch.where(W.abs() > self.knee, self.penalty / self.knee, 0)
 
     def prox(self, V: Float[Tensor, "rows d"], step: Float[Tensor, "#rows 1"]) -> Float[Tensor, "rows d"]:
-        r"""Return :math:`\arg\min_w \tfrac12 |w - v|^2 + t \sum_j p_j |w_j|` under the ball.
+        r"""Return :math:`\arg\min_w \tfrac12 |w - v|^2 + t \sum_j p_j |w_j|` under the ball, or with the knee.
 
         A soft threshold, then the projection onto the ball: together exact, since the multiplier of the ball only
-        raises the threshold further.
+        raises the threshold further. With a knee the multiplier lowers :math:`|v_j|` before the entry is shrunk.
         """
-        magnitudes = (V.abs() - step * self.penalty.to(V.dtype)).clamp_min_(0)
-        self._shrink_into_ball(magnitudes)
+        sizes, penalty = V.abs(), step * self.penalty.to(V.dtype)
+        if self.knee == math.inf:
+            magnitudes = (sizes - penalty).clamp_min_(0)
+            self._shrink_into_ball(magnitudes)
+            return torch.copysign(magnitudes, V)
+        magnitudes = reverse_huber.shrunk(sizes, penalty, self.knee)
+        outside = self._outside(magnitudes)
+        if len(outside):
+            inside, penalty = sizes[outside, : self.ball], penalty.expand_as(V)[outside, : self.ball]
+            threshold = reverse_huber.ball_threshold(inside, penalty, self.knee, self.radius)
+            shrunk = reverse_huber.shrunk((inside - threshold).clamp_min(0), penalty, self.knee)
+            magnitudes[outside, : self.ball] = self._within(shrunk)
         return torch.copysign(magnitudes, V)
 
     def project(self, W: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
@@ -76,7 +111,14 @@ class RowProblem:
         """
         primal = self.objective(W, q)
         rr, rz = self._unexplained(W, q), self.energies - (W * self.correlations).sum(1)
-        inside, outside = q[:, : self.ball].abs(), q[:, self.ball :].abs()
+        best = self._bound_of_sizes(q, rz, rr, primal)
+        if self.knee == math.inf:
+            return best
+        bent = self._bound_with_knee(q, rz, rr, primal)
+        return torch.where(bent > best, bent, best)
+
+    def _bound_of_sizes(self, v: Tensor, rz: Tensor, rr: Tensor, primal: Tensor) -> Tensor:
+        inside, outside = v[:, : self.ball].abs(), v[:, self.ball :].abs()
         p_inside = self.penalty[: self.ball]
         relative = (outside / self.penalty[self.ball :]).amax(1) if outside.shape[1] else torch.zeros_like(primal)
         if self.ball:
@@ -91,21 +133,37 @@ class RowProblem:
             value = s * rz - 0.5 * s * s * rr - primal * (s * relative - 1).clamp_min(0)
             if self.ball:
                 value -= self.radius * (s[:, None] * inside - p_inside).amax(1).clamp_min(0)
-            best = torch.maximum(best, value)
+            best = torch.where(value > best, value, best)  # a free column makes it NaN
         return best
+
+    def _bound_with_knee(self, v: Tensor, rz: Tensor, rr: Tensor, primal: Tensor) -> Tensor:
+        # No entry of an optimum is larger than this, so that a knee beyond is as good as one here.
+        largest = primal[:, None] / self.penalty
+        largest[:, : self.ball].clamp_max_(self.radius)
+        knee, y = largest.clamp_max(self.knee), v.abs()
+        if self.ball:
+            inside = y[:, : self.ball]
+            price = reverse_huber.best_price(inside, self.penalty[: self.ball], knee[:, : self.ball], self.radius)
+            y[:, : self.ball] = (inside - price).clamp_min(0)
+            rz = rz - self.radius * price[:, 0]
+        s = reverse_huber.best_scale(y, self.penalty, knee, rz, rr).clamp_min(0)
+        cost = reverse_huber.conjugate(s[:, None] * y, self.penalty, knee).sum(1)
+        return s * rz - 0.5 * s.square() * rr - cost
 
     def _unexplained(self, W: Tensor, q: Tensor) -> Tensor:
         # |z - S w|^2 / m; rounding may take a perfect fit below zero.
         return (self.energies - (W * (self.correlations + q)).sum(1)).clamp_min_(0)
 
     def _shrink_into_ball(self, magnitudes: Tensor) -> None:
-        if not self.ball:
-            return
-        inside = magnitudes[:, : self.ball]
-        outside = (inside.sum(1) > self.radius).nonzero()[:, 0]
+        outside = self._outside(magnitudes)
         if len(outside):
-            rows = inside[outside]
-            shrunk = (rows - l1_ball_threshold(rows, self.radius)).clamp_min_(0)
-            # Rounding must not leave the ball: what is a few units too much is taken back.
-            shrunk *= (self.radius / shrunk.sum(1, keepdim=True)).clamp_max_(1) * (1 - 4 * torch.finfo(rows.dtype).eps)
-            magnitudes[outside, : self.ball] = shrunk
+            rows = magnitudes[outside, : self.ball]
+            magnitudes[outside, : self.ball] = self._within((rows - l1_ball_threshold(rows, self.radius)).clamp_min_(0))
+
+    def _outside(self, magnitudes: Tensor) -> Tensor:
+        return (magnitudes[:, : self.ball].sum(1) > self.radius).nonzero()[:, 0]
+
+    def _within(self, rows: Tensor) -> Tensor:
+        # Rounding must not leave the ball: what is a few units too much is taken back.
+        factor = (self.radius / rows.sum(1, keepdim=True)).clamp_max_(1) * (1 - 4 * torch.finfo(rows.dtype).eps)
+        return rows * factor

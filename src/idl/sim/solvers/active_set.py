@@ -1,5 +1,7 @@
 """Newton steps on the support of each row, together with the multiplier of its ball."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,10 @@ def newton(incumbent: Incumbent, rows: Tensor, max_steps: int) -> int:
 
     .. math:: G_{SS} w = h_S - p_S s - \mu s_a, \qquad s_a^T w = \kappa,
 
-    so that one factorisation with two right-hand sides gives both. A line search then shortens the step until the
-    true objective falls; columns that change sign on the way leave the support. A row whose step had to be shortened
-    lets fewer columns in: with a single one the direction descends. A row that stands still is given up.
+    so that one factorisation with two right-hand sides gives both. For entries beyond a knee ``k`` the penalty is
+    quadratic: :math:`p_j / k` joins the diagonal in place of a constant slope. A line search then shortens the step
+    until the true objective falls; columns that change sign on the way leave the support. A row whose step had to be
+    shortened lets fewer columns in: with a single one the direction descends. A row that stands still is given up.
 
     From a support that is nearly right one or two steps are enough. ``O(|S|^3)`` a row and step.
     """
@@ -55,9 +58,9 @@ def newton(incumbent: Incumbent, rows: Tensor, max_steps: int) -> int:
 
 def multiplier(problem: RowProblem, W: Tensor, q: Tensor) -> Tensor:
     """Estimate the multiplier of the ball at ``W``: by how much correlations exceed the penalty, if it is reached."""
-    inside, sizes = W[:, : problem.ball], problem.penalty[: problem.ball]
+    inside, slopes = W[:, : problem.ball], problem.slopes(W)[:, : problem.ball]
     count = (inside != 0).sum(1)
-    excess = (q[:, : problem.ball] * inside.sign() - sizes * (inside != 0)).sum(1) / count.clamp_min(1)
+    excess = (q[:, : problem.ball] * inside.sign() - slopes * (inside != 0)).sum(1) / count.clamp_min(1)
     reached = inside.abs().sum(1) > problem.radius * (1 - 1e-6)
     return torch.where(reached & (count > 0), excess.clamp_min(0), 0)
 
@@ -85,14 +88,18 @@ def _face_minimiser(
     Written for the step from ``W``, so that it descends also where columns depend on each other and a ridge is needed.
     """
     free, along = torch.zeros_like(signs), torch.zeros_like(signs)
+    descent = q - problem.slopes(W) * signs
+    curvatures = None if problem.knee == math.inf else problem.curvatures(W)
     for i in range(len(signs)):  # supports differ in size, and LAPACK factors one matrix at a time in any case
         columns = on[i].nonzero()[:, 0]
         if not len(columns):
             continue
         system = problem.gram.index_select(0, columns).index_select(1, columns)
+        if curvatures is not None:
+            system.diagonal().add_(curvatures[i, columns])
         system.diagonal().mul_(1 + _RIDGE)
         s = signs[i, columns]
-        rhs = torch.stack((q[i, columns] - problem.penalty[columns] * s, s * in_ball[columns]), 1)
+        rhs = torch.stack((descent[i, columns], s * in_ball[columns]), 1)
         factor, info = torch.linalg.cholesky_ex(system)
         if int(info):
             system.diagonal().add_(1e3 * _RIDGE * float(system.diagonal().amax()) or 1.0)

@@ -26,8 +26,7 @@ class ADMM(AbstractRowSolver):
     every row and each row's own ``rho``; a step costs ``O(d^2)`` a row. Solved rows are left out.
     """
 
-    def solve(self, problem: RowProblem, start: Tensor | None = None) -> RowSolution:
-        """Return the best point found for each row; see :class:`AbstractRowSolver`."""
+    def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:
         incumbent = Incumbent(problem, self.tol, start)
         splitting = Splitting(problem, incumbent.W)
         steps = splitting.run(incumbent, incumbent.open, self.tol, self.max_steps)

@@ -1,7 +1,8 @@
 """What a row solver is, what it returns, and the best point of each row that every solver keeps."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from idl import checks
+from idl.sim.elimination import Elimination
 from idl.sim.problem import RowProblem
 
 
@@ -21,12 +23,15 @@ class RowSolution:
         objective: Objective at ``W``.
         bound: Proved lower bound of the optimum.
         steps: Passes over the rows that were spent.
+        support_gap: Where the problem is not convex, the relative gap of each row to the optimum on its support;
+            ``objective`` and ``bound`` are then those of the convex relaxation.
     """
 
     W: Float[Tensor, "rows d"]
     objective: Float[Tensor, " rows"]
     bound: Float[Tensor, " rows"]
     steps: int
+    support_gap: Float[Tensor, " rows"] | None = None
 
     @property
     def gap(self) -> Float[Tensor, " rows"]:
@@ -57,11 +62,25 @@ class AbstractRowSolver(ABC):
     keeps_ball: ClassVar[bool] = True
     """Whether every point that is returned is feasible."""
 
+    shrinks: ClassVar[bool] = True
+    """Whether its weights are smaller than those of least squares on their support."""
+
     def __post_init__(self) -> None:
         checks.non_negative("tol", self.tol)
         checks.positive_integer("max_steps", self.max_steps)
 
-    @abstractmethod
+    def planned(
+        self, problems: Sequence[RowProblem], teacher_weights: int, spent: int
+    ) -> Sequence["AbstractRowSolver"]:
+        """Return a solver for each of the problems that make up a model, before any of them is solved.
+
+        Args:
+            problems: The problems, in order.
+            teacher_weights: Number of weights of the teacher.
+            spent: Number of weights that the model has whatever is solved.
+        """
+        return [self] * len(problems)
+
     def solve(self, problem: RowProblem, start: Tensor | None = None) -> RowSolution:
         """Return the best point found for each row, always feasible.
 
@@ -69,6 +88,15 @@ class AbstractRowSolver(ABC):
             problem: The rows.
             start: A point from which to begin, ``(rows, d)``: the solution of a problem like this one.
         """
+        if not bool(problem.free.any()):
+            return self._solve(problem, start)
+        elimination = Elimination(problem)
+        solution = self._solve(elimination.problem, None if start is None else elimination.restricted(start))
+        return replace(solution, W=elimination.recovered(solution.W))
+
+    @abstractmethod
+    def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:
+        """Do so for a problem whose columns outside the ball all have a penalty."""
 
 
 class Incumbent:

@@ -27,8 +27,7 @@ class ConsensusADMM(AbstractRowSolver):
     than the two-block :class:`~idl.sim.solvers.ADMM` and is here to be compared with.
     """
 
-    def solve(self, problem: RowProblem, start: Tensor | None = None) -> RowSolution:
-        """Return the best point found for each row; see :class:`AbstractRowSolver`."""
+    def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:
         incumbent = Incumbent(problem, self.tol, start)
         rows = incumbent.open
         eigenvalues, basis = torch.linalg.eigh(problem.gram)

@@ -1,5 +1,6 @@
 """Cyclic coordinate descent on working sets, for all rows at once."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,24 +20,24 @@ class CoordinateDescent(AbstractRowSolver):
 
     .. math:: w_j \leftarrow S_{p_j + \mu}(q_j + G_{jj} w_j) / G_{jj}, \qquad q \leftarrow q - \Delta w_j\, G_j
 
-    with :math:`S` the soft threshold and :math:`\mu` the multiplier, for the columns in the ball. Passes go over the
-    columns that are on, or violate optimality, in some row. After a few of them Newton steps on the supports set the
-    multiplier and finish what is nearly there. Fast where few columns are on; a pass costs ``O(k d)`` a row for ``k``
-    columns, and a Python loop over them, since each column needs the one before it.
+    with :math:`S` the soft threshold and :math:`\mu` the multiplier, for the columns in the ball; beyond a knee ``k``
+    it is :math:`S_\mu(q_j + G_{jj} w_j) / (G_{jj} + p_j / k)`. Passes go over the columns that are on, or violate
+    optimality, in some row. After a few of them Newton steps on the supports set the multiplier and finish what is
+    nearly there. Fast where few columns are on; a pass costs ``O(c d)`` a row for ``c`` columns, and a Python loop over
+    them, since each column needs the one before it.
     """
 
-    def solve(self, problem: RowProblem, start: Tensor | None = None) -> RowSolution:
-        """Return the best point found for each row; see :class:`AbstractRowSolver`."""
+    def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:
         incumbent = Incumbent(problem, self.tol, start)
         spent = 0
         mu, current = torch.zeros_like(problem.energies), incumbent.W.clone()
         while len(rows := incumbent.open) and spent < self.max_steps:
             part, W = problem.take(rows), current[rows]
             q = part.residual_correlations(W)
-            penalty = problem.penalty.expand_as(W).clone()
-            penalty[:, : problem.ball] += mu[rows, None]
-            on = ((W != 0) | (q.abs() > penalty)).any(0) & (problem.gram.diagonal() > 0)
-            _descend(problem.gram, W, q, penalty, on.nonzero()[:, 0].tolist())
+            price = torch.zeros_like(W)
+            price[:, : problem.ball] = mu[rows, None]
+            on = ((W != 0) | (q.abs() > problem.penalty + price)).any(0) & (problem.gram.diagonal() > 0)
+            _descend(part, W, q, price, on.nonzero()[:, 0].tolist())
             W = part.project(W)
             incumbent.offer(rows, W, part.residual_correlations(W))
             spent += _EPOCHS + newton(incumbent, incumbent.open, _NEWTON_STEPS)
@@ -48,13 +49,17 @@ class CoordinateDescent(AbstractRowSolver):
         return incumbent.solution(spent)
 
 
-def _descend(gram: Tensor, W: Tensor, q: Tensor, penalty: Tensor, columns: list[int]) -> None:
+def _descend(problem: RowProblem, W: Tensor, q: Tensor, price: Tensor, columns: list[int]) -> None:
     """Make passes over ``columns``; ``W`` and ``q`` are changed."""
-    sizes = gram.diagonal().tolist()
+    gram, penalty = problem.gram, problem.penalty + price
+    sizes, bent = gram.diagonal().tolist(), (gram.diagonal() + problem.penalty / problem.knee).tolist()
     for _ in range(_EPOCHS):
         for j in columns:
             old = W[:, j].clone()
             reach = q[:, j] + sizes[j] * old
-            new = torch.copysign((reach.abs() - penalty[:, j]).clamp_min_(0) / sizes[j], reach)
+            new = (reach.abs() - penalty[:, j]).clamp_min_(0) / sizes[j]
+            if problem.knee < math.inf:
+                new = torch.minimum(new, (reach.abs() - price[:, j]).clamp_min_(0) / bent[j])
+            new = torch.copysign(new, reach)
             W[:, j] = new
             q.addr_(new - old, gram[j], alpha=-1)

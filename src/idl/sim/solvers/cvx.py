@@ -1,5 +1,7 @@
 """A general convex solver in the same place, slow and independent: cvxpy with CLARABEL."""
 
+import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +17,16 @@ class CVX(AbstractRowSolver):
     """Solve one row after the other by cvxpy and its interior-point solver CLARABEL, on the CPU.
 
     Nearly a second a row of 900 columns. The interior point is finished by one proximal step, which makes its zeros
-    exact. ``max_steps`` bounds the iterations of a row.
+    exact. ``max_steps`` bounds the iterations of a row. The start is not used.
 
     Raises:
         ImportError: When it is run without cvxpy; install ``implicit-deep-learning[cvx]``.
     """
 
-    def solve(self, problem: RowProblem, start: Tensor | None = None) -> RowSolution:
-        """Return the best point found for each row; see :class:`AbstractRowSolver`. The start is not used."""
+    def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:
         incumbent = Incumbent(problem, self.tol)
+        if not len(incumbent.open):
+            return incumbent.solution(0)
         eigenvalues, basis = torch.linalg.eigh(problem.gram)
         # |F w|^2 = w^T G w; rows of F that are rounding are left out.
         kept = eigenvalues > len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues.amax()
@@ -47,7 +50,7 @@ class _Program:
         cp, d = self.cp, len(problem.penalty)
         self.w, self.h = cp.Variable(d), cp.Parameter(d)
         fit = 0.5 * cp.sum_squares(root.cpu().numpy() @ self.w) - self.h @ self.w
-        cost = fit + cp.norm1(cp.multiply(problem.penalty.cpu().numpy(), self.w))
+        cost = fit + _penalty(problem, self.w)
         ball = [cp.norm1(self.w[: problem.ball]) <= problem.radius] if problem.ball else []
         self.program = cp.Problem(cp.Minimize(cost), ball)
         # Far below the gap that is asked: what remains is small beside the objective, not beside the data.
@@ -55,8 +58,18 @@ class _Program:
 
     def solution(self, correlations: Tensor) -> Tensor:
         self.h.value = correlations.cpu().numpy()
-        self.program.solve(solver=self.cp.CLARABEL, **self.options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it may be inaccurate, which the certificate says
+            self.program.solve(solver=self.cp.CLARABEL, **self.options)
         return torch.as_tensor(self.w.value)
+
+
+def _penalty(problem: RowProblem, w: Any) -> Any:
+    cp, weights = _cvxpy(), problem.penalty.cpu().numpy()
+    cost = cp.norm1(cp.multiply(weights, w))
+    if problem.knee < math.inf:
+        cost += weights @ cp.square(cp.pos(cp.abs(w) - problem.knee)) / (2 * problem.knee)
+    return cost
 
 
 def _cvxpy() -> Any:

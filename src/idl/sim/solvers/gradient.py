@@ -21,8 +21,7 @@ class AcceleratedGradient(AbstractRowSolver):
     condition of ``G``. The simplest of the methods here, and where ``G`` is large and well conditioned a good one.
     """
 
-    def solve(self, problem: RowProblem, start: Tensor | None = None) -> RowSolution:
-        """Return the best point found for each row; see :class:`AbstractRowSolver`."""
+    def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:
         incumbent = Incumbent(problem, self.tol, start)
         rows = incumbent.open
         step = (1 / _largest_eigenvalue(problem.gram)).reshape(1, 1)

@@ -23,8 +23,7 @@ class Hybrid(AbstractRowSolver):
     Newton does not arrive go back to ADMM, which goes on from where it was, so that in the worst case this is ADMM.
     """
 
-    def solve(self, problem: RowProblem, start: Tensor | None = None) -> RowSolution:
-        """Return the best point found for each row; see :class:`AbstractRowSolver`."""
+    def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:
         incumbent = Incumbent(problem, self.tol, start)
         steps = newton(incumbent, incumbent.open, _NEWTON_STEPS) if start is not None else 0
         if not len(incumbent.open):

@@ -11,20 +11,17 @@ from idl.sim.solvers.base import AbstractRowSolver, RowSolution
 
 @dataclass(frozen=True)
 class LeastSquares(AbstractRowSolver):
-    """Minimise the smooth part alone, by the smallest ``w`` that does.
+    """Minimise the smooth part alone, by the smallest ``w`` that does; free columns come after the others.
 
     The rows are dense and may leave the ball, so that the model may have no equilibrium: its function is then
     :class:`~idl.ImplicitFunction`, which reports what does not converge. Nothing is proved, and the certificate names
-    every row. It shows what ball and penalty cost.
+    every row. It shows what ball and penalty cost. The start is not used.
     """
 
     keeps_ball = False
+    shrinks = False
 
-    def solve(self, problem: RowProblem, start: Tensor | None = None) -> RowSolution:
-        """Return the least-squares solution of each row; the start is not used."""
-        eigenvalues, basis = torch.linalg.eigh(problem.gram)
-        smallest = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues.abs().amax(dim=0)
-        inverse = torch.where(eigenvalues > smallest, 1 / eigenvalues, 0)
-        W = ((problem.correlations @ basis) * inverse) @ basis.T
+    def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:
+        W = problem.correlations @ torch.linalg.pinv(problem.gram, hermitian=True)
         objective = problem.objective(W, problem.residual_correlations(W))
         return RowSolution(W, objective, torch.zeros_like(objective), 1)

@@ -20,6 +20,15 @@ def positive_integer(name: str, value: object) -> int:
     return int(value)
 
 
+def non_negative_integer(name: str, value: object) -> int:
+    """Return ``value`` if it is an integer of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` must be an integer >= 0; got {value!r} of type {type(value).__name__}.")
+    if value < 0:
+        raise ValueError(f"`{name}` must be an integer >= 0; got {value!r}.")
+    return int(value)
+
+
 def non_negative(name: str, value: object) -> float:
     """Return ``value`` if it is a finite real number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, Real):

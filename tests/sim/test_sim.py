@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import oracles
 from idl import SIM, ImplicitModel
-from idl.sim.debias import debias
 from idl.sim.problem import RowProblem
 from idl.sim.recording import record
 from idl.sim.solvers import Hybrid
+from idl.sim.solvers.debias import debias
 from problems import random
 
 STORED = 2e-6
@@ -351,15 +351,19 @@ def test_a_teacher_without_weights_has_a_summary_too():
     ],
     ids=repr,
 )
-def test_what_is_explained_is_one_less_the_variance_of_the_residual(which, options, digits, request):
+def test_what_is_explained_is_one_less_the_mean_square_of_the_residual_over_the_variance(
+    which, options, digits, request
+):
     net = request.getfixturevalue(which)
     sim = SIM(**{"lam": 1e-2, "kappa": 0.9, **options}).fit(net, digits.loader)
     y = raw(net, digits.u)[3]
     residual = y - predicted(sim.model_, digits.u)[1].numpy()
-    truth = 1 - residual.var(0) / y.var(0)
+    truth = 1 - np.square(residual).mean(0) / y.var(0)
     np.testing.assert_allclose(sim.certificate_.explained, truth, rtol=0, atol=1e-5)
     residual = y - sim.predict(digits.u).double().numpy()
-    np.testing.assert_allclose(sim.certificate_.explained, 1 - residual.var(0) / y.var(0), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        sim.certificate_.explained, 1 - np.square(residual).mean(0) / y.var(0), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.3])
@@ -581,13 +585,16 @@ def test_debiased_rows_at_the_bound_are_those_of_cvxpy():
     ones = torch.ones(7, dtype=torch.float64)
     problem = RowProblem(S.T @ S / 80, T.T @ S / 80, T.square().mean(0), 0.1 * ones, 4, 0.6)
     start = Hybrid().solve(problem).W
-    W = debias(problem, start)
+    W, objective, gap = debias(problem, start)
     for row, (w, z) in enumerate(zip(W.numpy(), T.T.numpy(), strict=True)):
         on = np.flatnonzero(start[row].numpy())
         v = cp.Variable(len(on))
         cost = cp.sum_squares(z - S.numpy()[:, on] @ v) / 160
         optimum = cp.Problem(cp.Minimize(cost), [cp.norm1(v[: (on < 4).sum()]) <= 0.6]).solve(solver=cp.CLARABEL)
         assert np.square(z - S.numpy() @ w).sum() / 160 == pytest.approx(optimum, rel=2e-6)
+        assert float(objective[row]) == pytest.approx(np.square(z - S.numpy() @ w).sum() / 160, rel=1e-12)
+        assert float(objective[row]) * (1 - float(gap[row])) <= optimum * (1 + 1e-8)
+        assert 0 < float(gap[row]) < 2e-6
         assert np.abs(w[:4]).sum() <= 0.6 * (1 + 1e-12)
         assert np.abs(w[:4]).sum() > 0.599  # so that the bound is tried
         assert set(np.flatnonzero(w)) <= set(on)

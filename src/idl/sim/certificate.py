@@ -64,24 +64,43 @@ class Certificate:
 
     @property
     def uncertified(self) -> tuple[list[int], list[int]]:
-        """Rows of ``[A B]`` and of ``[C D]`` whose gap is above ``tol``."""
-        first, second = ((~(part.gap <= self.tol)).nonzero()[:, 0].tolist() for part in (self.states, self.outputs))
-        return first, second
+        """Rows of ``[A B]`` and of ``[C D]`` whose gap is above ``tol``; on their supports if :attr:`relaxed`."""
+        first, second = (~(_proved(part) <= self.tol) for part in (self.states, self.outputs))
+        return first.nonzero()[:, 0].tolist(), second.nonzero()[:, 0].tolist()
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether the rows are optima on their supports only, and the objective that of a convex relaxation."""
+        return self.states.support_gap is not None
 
     def __str__(self) -> str:
         """Return a few lines for people."""
         kept, missing = self.weights_kept, self.uncertified
-        gaps = torch.cat((self.states.gap, self.outputs.gap))
+        gaps = torch.cat((_proved(self.states), _proved(self.outputs)))
         open_rows = "".join(
-            f"\n  not certified: {len(rows)} rows of {name}, gap up to {float(part.gap[rows].max()):.1e}"
+            f"\n  not certified: {len(rows)} rows of {name}, gap up to {float(_proved(part)[rows].max()):.1e}"
             for name, rows, part in (("[A B]", missing[0], self.states), ("[C D]", missing[1], self.outputs))
             if rows
         )
         bound = f"<= {self.kappa:g}" if self.feasible else f"> {self.kappa:g}: no equilibrium is guaranteed"
+        which = ""
+        if self.relaxed:
+            penalised, bound_on_it = (
+                sum(float(getattr(part, name).sum()) for part in (self.states, self.outputs))
+                for name in ("objective", "bound")
+            )
+            which = (
+                " on its support\nthe supports are not proved to be the best: the l1 relaxation goes "
+                f"{100 * (1 - bound_on_it / penalised) if penalised else 0:.0f} % lower"
+            )
         return (
-            f"{len(gaps)} rows, relative gap at most {float(gaps.max()):.1e} (asked {self.tol:g}){open_rows}\n"
+            f"{len(gaps)} rows, relative gap at most {float(gaps.max()):.1e} (asked {self.tol:g}){which}{open_rows}\n"
             f"max row sum of |A| {float(self.row_sums.max()):.6f} {bound}\n"
             f"weights kept: A {kept.A}, B {kept.B}, C {kept.C}, D {kept.D}: {kept.total} of the teacher's "
             f"{kept.teacher} ({100 * kept.fraction:.1f} %)\n"
             f"outputs explained: {100 * float(self.explained.mean()):.2f} % on {self.samples} samples"
         )
+
+
+def _proved(part: RowSolution) -> Tensor:
+    return part.gap if part.support_gap is None else part.support_gap

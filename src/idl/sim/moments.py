@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _BLOCK = 128  # columns of a block of the Gram matrix; blocks below the diagonal are copies
+_ROUNDING = 1e-14  # part of the mean square that is not variance: a float32 constant would vary by no more
 _ROWS = 2048  # samples that are multiplied at once: small batches are gathered, large ones cut
 
 
@@ -32,12 +33,25 @@ class Moments:
 
     def centred(self) -> "Moments":
         """Return the moments about the means: those of a regression with an intercept."""
+        variances = self.energies - self.mean_T.square()
+        varies = variances > _ROUNDING * self.energies
         return Moments(
             self.gram - torch.outer(self.mean_S, self.mean_S),
-            self.cross - torch.outer(self.mean_T, self.mean_S),
-            (self.energies - self.mean_T.square()).clamp_min(0),
+            torch.where(varies[:, None], self.cross - torch.outer(self.mean_T, self.mean_S), 0),
+            torch.where(varies, variances, 0),
             torch.zeros_like(self.mean_S),
             torch.zeros_like(self.mean_T),
+            self.samples,
+        )
+
+    def part(self, columns: slice, targets: slice) -> "Moments":
+        """Return the moments of some of the columns of ``S`` and of some of the targets."""
+        return Moments(
+            self.gram[columns, columns],
+            self.cross[targets, columns],
+            self.energies[targets],
+            self.mean_S[columns],
+            self.mean_T[targets],
             self.samples,
         )
 

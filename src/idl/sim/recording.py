@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,12 +31,12 @@ class Recorded:
     @property
     def state_moments(self) -> Moments:
         """Moments of ``[X U]`` and ``Z``."""
-        return _targets(self.moments, slice(None, self.states))
+        return self.moments.part(slice(None), slice(None, self.states))
 
     @property
     def output_moments(self) -> Moments:
         """Moments of ``[X U]`` and ``Y``."""
-        return _targets(self.moments, slice(self.states, None))
+        return self.moments.part(slice(None), slice(self.states, None))
 
 
 def record(teacher: nn.Module, loader: Iterable[Any], layers: Sequence[str] | None = None) -> Recorded:
@@ -44,13 +45,18 @@ def record(teacher: nn.Module, loader: Iterable[Any], layers: Sequence[str] | No
         raise TypeError("`loader` must yield batches; got a tensor, whose rows are single samples. Try [inputs].")
     if isinstance(loader, Iterator):
         raise TypeError("`loader` must be iterable twice, as a DataLoader or a list of batches is; got an iterator.")
-    first = next((u for u in (_inputs(batch, teacher) for batch in loader) if len(u)), None)
-    if first is None:
+    batches = iter(loader)
+    seen, first = [], None
+    for batch in batches:
+        seen.append(batch)
+        if len(first := _inputs(batch, teacher)):
+            break
+    if first is None or not len(first):
         raise ValueError("`loader` must yield at least one batch with at least one sample; got none.")
     watched = Teacher(teacher, first, layers)
     moments = accumulate(
         (torch.cat((recording.X, recording.U), 1), torch.cat((recording.Z, recording.Y), 1))
-        for _, recording in recordings(watched, loader)
+        for _, recording in recordings(watched, chain(seen, batches))
     )
     states = sum(layer.units for layer in watched.layers)
     return Recorded(watched, watched.matrices(), moments, states, len(moments.gram) - states)
@@ -58,19 +64,16 @@ def record(teacher: nn.Module, loader: Iterable[Any], layers: Sequence[str] | No
 
 def check_same_inputs(again: Moments, recorded: Recorded) -> None:
     """Check that the second pass saw the inputs of the first, which share a Gram matrix."""
-    first, inputs = recorded.moments, slice(recorded.states, None)
-    apart = (again.mean_S[inputs] - first.mean_S[inputs]).abs()
-    size = first.gram.diagonal()[inputs].clamp_min(0).sqrt()  # the order of summation shows in the last digits
+    first = recorded.moments
+    apart = (again.mean_S[-recorded.inputs :] - first.mean_S[-recorded.inputs :]).abs()
+    size = (
+        first.gram.diagonal()[-recorded.inputs :].clamp_min(0).sqrt()
+    )  # the order of summation shows in the last digits
     if again.samples != first.samples or bool((apart > 1e-9 * size).any()):
         raise ValueError(
             "`loader` must yield the same samples each time it is passed over, in any order; the second pass differed. "
             "Leave random augmentation and sampling out, or make a list of the batches first."
         )
-
-
-def _targets(moments: Moments, which: slice) -> Moments:
-    m = moments
-    return Moments(m.gram, m.cross[which], m.energies[which], m.mean_S, m.mean_T[which], m.samples)
 
 
 def recordings(teacher: Teacher, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Recording]]:

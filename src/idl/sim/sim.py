@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -10,20 +9,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from idl import checks
-from idl.functions import ImplicitFunction, ImplicitFunctionInf
 from idl.nn import ImplicitModel
-from idl.sim import rescaling
-from idl.sim.certificate import Certificate, WeightsKept
-from idl.sim.debias import debias
-from idl.sim.moments import Moments, accumulate
-from idl.sim.problem import RowProblem
-from idl.sim.recording import Recorded, check_same_inputs, record, recordings
-from idl.sim.solvers.base import AbstractRowSolver, RowSolution
+from idl.sim.certificate import Certificate
+from idl.sim.fitting import Rescaling, Settings, fit_model
+from idl.sim.recording import Recorded, record
+from idl.sim.solvers.base import AbstractRowSolver
+from idl.sim.solvers.cardinality import Cardinality
 from idl.sim.solvers.hybrid import Hybrid
 
-Rescaling = Literal["unit_variance", "layerwise", "closed_form"]
 _TRIALS, _CLOSE, _SAME = 20, 0.9, 1.05  # of a search for lam: most fits, when it is close, when two lam are one
-_ROUNDING = 1e-6  # by which stored row sums stay below kappa, so that float32 sums do too
 
 
 class SIM:
@@ -45,7 +39,10 @@ class SIM:
         rescale: How the states' units are changed first, which no prediction sees: ``True`` means
             ``"unit_variance"``. Only for ReLU and leaky ReLU; other teachers keep theirs.
         debias: Whether to fit the weights once more on the support found, without the penalty and inside the ball.
-        refit: Whether to fit ``C`` and ``D`` on the equilibrium's own states instead of the teacher's.
+        refit: Whether to fit ``C`` and ``D`` on the equilibrium's own states instead of the teacher's. ``"layers"``
+            does so for every layer: they are fitted one after the other, each on what those before it really give, so
+            that errors do not add up. ``A`` is then strictly block triangular and its equilibrium a substitution. The
+            loader is passed over once more for each layer but the first.
         layers: Names of the activations that become states; all if ``None``.
 
     Attributes:
@@ -73,7 +70,7 @@ class SIM:
         l1_ratio: float = 1.0,
         rescale: bool | Rescaling = True,
         debias: bool = True,
-        refit: bool = True,
+        refit: bool | Literal["layers"] = True,
         *,
         layers: Sequence[str] | None = None,
     ) -> None:
@@ -84,10 +81,12 @@ class SIM:
         self.l1_ratio = checks.in_half_open_unit("l1_ratio", l1_ratio)
         if not isinstance(rescale, bool):
             checks.one_of("rescale", rescale, ("unit_variance", "layerwise", "closed_form"))
+        if not isinstance(refit, bool):
+            checks.one_of("refit", refit, ("layers",))
         self.rescale, self.debias, self.refit, self.layers = rescale, debias, refit, layers
 
     def fit(self, teacher: nn.Module, loader: Iterable[Any], *, target_sparsity: float | None = None) -> "SIM":
-        """Fit :attr:`model_` to a teacher on the inputs of a loader, which is passed over twice.
+        """Fit :attr:`model_` to a teacher on the inputs of a loader, which is passed over twice, or see ``refit``.
 
         Args:
             teacher: A feed-forward network: one kind of activation, and between activations what is affine. It is left
@@ -104,6 +103,11 @@ class SIM:
             CaptureError: If an operation of the teacher has no place in an implicit model.
             ValueError: If the loader is empty, changes shapes, or a state is not finite.
         """
+        if target_sparsity is not None and isinstance(self.solver, Cardinality):
+            raise ValueError(
+                "`target_sparsity` searches lam, on which the weights that Cardinality keeps do not depend; "
+                f"give it Cardinality(keep={1 - target_sparsity:g})."
+            )
         recorded = record(teacher, loader, self.layers)
         if target_sparsity is None:
             return self._fit(recorded, loader)
@@ -111,26 +115,10 @@ class SIM:
 
     def _fit(self, recorded: Recorded, loader: Iterable[Any], near: "SIM | None" = None) -> "SIM":
         """Fit to moments that are there; ``near`` is a fit with another ``lam``."""
+        settings = Settings(self.solver, self.kappa, self.lam, self.l1_ratio, self.rescale, self.debias, self.refit)
         start = None if near is None else near.certificate_
-        states = self._state_rows(recorded, None if start is None else start.states.W)
-        outputs, explained = self._output_rows(recorded, states, loader, None if start is None else start.outputs.W)
-        self.certificate_ = Certificate(
-            states.solution,
-            outputs,
-            self.solver.tol,
-            states.model.A.detach().double().abs().sum(1),
-            self.kappa,
-            _kept(states.model, recorded.teacher.weights),
-            explained,
-            states.rescaling,
-            recorded.moments.samples,
-        )
-        self.model_ = states.model  # last, so that a fit that fails leaves none
+        self.model_, self.certificate_ = fit_model(recorded, loader, settings, start)
         return self
-
-    def _radius(self, recorded: Recorded) -> float:
-        """Return the bound on row sums: ``kappa``, or less for an activation whose slope exceeds 1."""
-        return self.kappa / max(1.0, recorded.teacher.activation.lipschitz or 1.0)
 
     def _search(self, recorded: Recorded, loader: Iterable[Any], most: float) -> "SIM":
         """Fit with the smallest ``lam`` that keeps at most this part of the teacher's weights, nearly."""
@@ -198,99 +186,6 @@ class SIM:
             raise ValueError("this SIM has no model yet; call fit(teacher, loader) first.")
         return self.model_
 
-    def _state_rows(self, recorded: Recorded, start: Tensor | None) -> "_States":
-        """Solve for A and B and put them into a model whose C and D are still missing."""
-        scale, name = self._scale(recorded)
-        n = len(scale)
-        moments = recorded.state_moments.scaled(torch.cat((scale, scale.new_ones(recorded.inputs))), scale)
-        centred = moments.centred() if recorded.biased else moments
-        radius = self._radius(recorded)
-        solution, W = self._solved(centred, n, radius, start)
-        model = self._empty_model(recorded, n)
-        with torch.no_grad():
-            stored = _inside(W[:, :n], radius) if self.solver.keeps_ball else W[:, :n]
-            model.A[:n, :n], model.B[:n] = stored.to(model.A), W[:, n:].to(model.B)
-            if model.bias is not None:
-                model.bias[:n] = (moments.mean_T - W @ moments.mean_S).to(model.bias)
-                model.bias[n:] = 1  # the unit that carries the bias of the outputs
-        return _States(model, solution, name, scale)
-
-    def _output_rows(
-        self, recorded: Recorded, states: "_States", loader: Iterable[Any], start: Tensor | None
-    ) -> tuple[RowSolution, Tensor]:
-        """Solve for C and D; return the rows' solution and the part of the outputs that the model explains."""
-        model, teacher, scale = states.model, recorded.teacher, states.scale
-        n = model.hidden_dim - (1 if recorded.biased else 0)
-        pairs = (
-            (torch.cat((_states(model, u)[:, :n], recording.U), 1), recording.Y)
-            for u, recording in recordings(teacher, loader)
-        )
-        equilibrium = accumulate(pairs, last=recorded.moments.gram[recorded.states :, recorded.states :])
-        check_same_inputs(equilibrium, recorded)
-        moments = equilibrium
-        if not self.refit:
-            outputs = recorded.output_moments
-            columns = torch.cat((scale, scale.new_ones(recorded.inputs)))
-            moments = outputs.scaled(columns, torch.ones_like(outputs.energies))
-        centred = moments.centred() if recorded.biased else moments
-        solution, W = self._solved(centred, 0, self.kappa, start)
-        D = model.get_parameter("D")
-        with torch.no_grad():
-            model.C[:, :n], D[:] = W[:, :n].to(model.C), W[:, n:].to(D)
-            if recorded.biased:
-                constant = model.f.activation(torch.ones(()))
-                model.C[:, n] = (moments.mean_T - W @ moments.mean_S).to(model.C) / constant
-            W = torch.cat((model.C[:, :n], D), 1).double()
-        test = equilibrium.centred()
-        unexplained = test.energies - 2 * (W * test.cross).sum(1) + ((W @ test.gram) * W).sum(1)
-        tiny = torch.finfo(torch.float64).tiny
-        return solution, 1 - unexplained.clamp_min(0) / test.energies.clamp_min(tiny)
-
-    def _solved(self, moments: Moments, ball: int, radius: float, start: Tensor | None) -> tuple[RowSolution, Tensor]:
-        """Return the rows' solution, and their weights after debiasing."""
-        penalty = torch.full_like(moments.mean_S, self.lam * self.l1_ratio)
-        least_squares = RowProblem(moments.gram, moments.cross, moments.energies, penalty, ball, radius)
-        ridge = self.lam * (1 - self.l1_ratio) * torch.eye(len(penalty), dtype=penalty.dtype, device=penalty.device)
-        problem = replace(least_squares, gram=moments.gram + ridge) if self.l1_ratio < 1 else least_squares
-        solution = self.solver.solve(problem, start)
-        if self.debias and self.solver.keeps_ball:
-            return solution, debias(least_squares, solution.W)
-        return solution, solution.W
-
-    def _scale(self, recorded: Recorded) -> tuple[Tensor, str]:
-        """Return the factor of each state, and how it was chosen."""
-        A, energies = recorded.matrices.A, recorded.state_moments.energies
-        sizes = [layer.units for layer in recorded.teacher.layers[::-1]]
-        subset = len(recorded.teacher.layers) < len(recorded.teacher.all_layers)
-        if not self.rescale or recorded.teacher.activation.name not in rescaling.HOMOGENEOUS:
-            return torch.ones_like(energies), "none"
-        if subset:  # what lies between the layers kept is not linear: there is no matrix to bring below kappa
-            A = torch.zeros(len(energies), len(energies), dtype=A.dtype)
-        A = A.to(energies)
-        if self.rescale == "layerwise":
-            return rescaling.layerwise(A, sizes, self.kappa), "layerwise"
-        if self.rescale == "closed_form":
-            return rescaling.closed_form(A, self.kappa), "closed_form"
-        return rescaling.unit_variance(A, sizes, energies, self.kappa), "unit_variance"
-
-    def _empty_model(self, recorded: Recorded, n: int) -> ImplicitModel:
-        inside = ImplicitFunctionInf(kappa=self.kappa, activation=recorded.teacher.activation)
-        free = ImplicitFunction(activation=recorded.teacher.activation)
-        with torch.random.fork_rng(devices=[]):  # its initial parameters are not used, nor is what they draw
-            model = ImplicitModel(
-                n + (1 if recorded.biased else 0),
-                recorded.inputs,
-                len(recorded.output_moments.energies),
-                f=inside if self.solver.keeps_ball else free,
-                bias=recorded.biased,
-            )
-        dtype = torch.float64 if recorded.teacher.dtype == torch.float64 else torch.float32
-        model.to(device=recorded.moments.gram.device, dtype=dtype)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.zero_()
-        return model
-
 
 def lambda_path(teacher: nn.Module, loader: Iterable[Any], lams: Iterable[float], **settings: Any) -> Iterator[SIM]:
     """Yield a fitted :class:`SIM` for each ``lam``, the largest first, each started from the one before.
@@ -313,28 +208,3 @@ def lambda_path(teacher: nn.Module, loader: Iterable[Any], lams: Iterable[float]
     for sim in unfitted:
         near = sim._fit(recorded, loader, near)
         yield near
-
-
-@dataclass(frozen=True)
-class _States:
-    model: ImplicitModel
-    solution: RowSolution
-    rescaling: str
-    scale: Tensor
-
-
-def _states(model: ImplicitModel, u: Tensor) -> Tensor:
-    with torch.no_grad():
-        x: Tensor = model.f(model.A, model.B, u.flatten(1).to(model.A), bias=model.bias)
-    return x
-
-
-def _kept(model: ImplicitModel, teacher: int) -> WeightsKept:
-    A, B, C, D = (int(model.get_parameter(name).count_nonzero()) for name in "ABCD")
-    return WeightsKept(A, B, C, D, teacher)
-
-
-def _inside(A: Tensor, kappa: float) -> Tensor:
-    """Return ``A`` with rows that rounding to float32 might take over ``kappa`` shrunk by a few units."""
-    sums, most = A.abs().sum(1, keepdim=True), kappa * (1 - _ROUNDING)
-    return torch.where(sums > most, A * (most / sums), A)

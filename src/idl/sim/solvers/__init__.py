@@ -1,7 +1,9 @@
 """Methods for the rows: one interface, each an immutable value."""
 
+from idl.sim.problem import RowProblem
 from idl.sim.solvers.admm import ADMM
 from idl.sim.solvers.base import AbstractRowSolver, RowSolution
+from idl.sim.solvers.cardinality import Cardinality
 from idl.sim.solvers.consensus import ConsensusADMM
 from idl.sim.solvers.coordinate import CoordinateDescent
 from idl.sim.solvers.cvx import CVX
@@ -14,9 +16,11 @@ __all__ = [
     "CVX",
     "AbstractRowSolver",
     "AcceleratedGradient",
+    "Cardinality",
     "ConsensusADMM",
     "CoordinateDescent",
     "Hybrid",
     "LeastSquares",
+    "RowProblem",
     "RowSolution",
 ]

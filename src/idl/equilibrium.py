@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from idl import activations, checks
@@ -15,6 +14,7 @@ from idl.differentiation.base import AbstractAdjoint, FailureReport, OnFailure
 from idl.differentiation.implicit import ImplicitAdjoint, without_autocast
 from idl.linalg.norms import inf_norm
 from idl.linalg.operators import Dense, StateMatrix, StrictlyUpper, to_precise
+from idl.linalg.sparse import linear
 from idl.maps.affine import AffineMap
 from idl.maps.base import Parameters, ParametricMap
 from idl.maps.closure import captured_tensors, with_captured
@@ -205,7 +205,7 @@ class Attempt(NamedTuple):
         if affine:  # rounding of B u moves the equilibrium too, and the bound must know of it
             with torch.no_grad(), without_autocast(rows.device):
                 u, B, bias = self.inputs
-                Z = F.linear(to_precise(u), to_precise(B), None if bias is None else to_precise(bias))
+                Z = linear(to_precise(u), to_precise(B), None if bias is None else to_precise(bias))
                 parameters = (Z.reshape(rows.shape), *parameters[1:])
         residual = _measured_residual(self.parametric, parameters, rows)
         bound = None if kappa is None or not affine else (residual / (1 - kappa)).reshape(batch)
@@ -228,7 +228,7 @@ def attempt(
     """Solve as :func:`equilibrium` does, without the extra application of the map that measures the residual."""
     state_matrix = A if isinstance(A, StateMatrix) else Dense(checks.square_matrix("A", A))
     _check_shapes(state_matrix, B, u, bias, x0)
-    Z = F.linear(u, B, bias)
+    Z = linear(u, B, bias)
     dtype = torch.promote_types(Z.dtype, state_matrix.tensors[0].dtype)
     # Half precision cannot express a contraction's last digits: solve in float32 and round once, at the end.
     precision = dtype if dtype in (torch.float32, torch.float64) else torch.float32

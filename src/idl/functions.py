@@ -18,8 +18,11 @@ from idl.wellposed.base import AbstractConstraint, Free
 from idl.wellposed.inf_norm import InfNorm
 from idl.wellposed.triangular import StrictlyTriangular
 
-StateParameters = Tensor | tuple[Tensor, Tensor]
-"""The free parameter of a state matrix: ``A`` of shape ``(n, n)``, or factors ``(L, R)``, each ``(n, r)``."""
+StateParameters = Tensor | tuple[Tensor, Tensor] | StateMatrix
+"""The free parameter of a state matrix: ``A`` of shape ``(n, n)``, or factors ``(L, R)``, each ``(n, r)``.
+
+Or a state matrix that is known to be admissible, which is taken as it is.
+"""
 
 
 class ImplicitFunction:
@@ -79,7 +82,7 @@ class ImplicitFunction:
     def state_matrix(self, A: StateParameters) -> StateMatrix:
         """Return the admissible state matrix of the free parameter ``A``, in its dtype."""
         admitted = self._admitted(A)
-        dtype = (A[0] if isinstance(A, tuple) else A).dtype
+        dtype = _first(A).dtype
         return type(admitted)(*(tensor.to(dtype) for tensor in admitted.tensors))
 
     def __call__(
@@ -113,7 +116,7 @@ class ImplicitFunction:
 
     def _attempt(self, A: StateParameters, B: Tensor, u: Tensor, bias: Tensor | None, x0: Tensor | None) -> Attempt:
         # Before the constraint, which would fail on them with less to say.
-        first = A[0] if isinstance(A, tuple) and A else A
+        first = _first(A)
         check_tensors(first, B, u, bias, x0)
         found = attempt(self._admitted(A), B, u, bias, self.activation, x0, self.solver, self.adjoint, self.on_failure)
         dtype = torch.promote_types(first.dtype, u.dtype)
@@ -122,6 +125,8 @@ class ImplicitFunction:
     def _admitted(self, A: StateParameters) -> StateMatrix:
         """Return the admissible state matrix, in float32 for half precision, which holds a bound to two digits only."""
         lipschitz = 1.0 if self.activation.lipschitz is None else self.activation.lipschitz
+        if isinstance(A, StateMatrix):
+            return A
         if not isinstance(A, tuple):
             return self.constraint.admit(_widened(checks.square_matrix("A", A)), lipschitz)
         if len(A) != 2:
@@ -142,6 +147,12 @@ class ImplicitFunction:
             )
         derivative = self.dphi if type(self).dphi is not ImplicitFunction.dphi else None
         return Activation(self.phi, derivative, name=f"{type(self).__name__}.phi")
+
+
+def _first(A: StateParameters) -> Tensor:
+    if isinstance(A, StateMatrix):
+        return A.tensors[0]
+    return A[0] if isinstance(A, tuple) and A else A
 
 
 def _widened(A: Tensor) -> Tensor:

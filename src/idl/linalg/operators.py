@@ -1,4 +1,4 @@
-"""State matrices as operators on rows: ``x -> x A^T``, dense, low rank or strictly triangular.
+"""State matrices as operators on rows: ``x -> x A^T``, dense, sparse, low rank or strictly triangular.
 
 Samples are rows, so ``apply(x)`` is the paper's ``A x`` for each sample. What is admissible is not decided here.
 """
@@ -9,6 +9,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from idl.linalg import sparse
 
 
 def to_precise(tensor: Tensor) -> Tensor:
@@ -59,6 +61,15 @@ class Dense:
         (moved,) = tangents
         return None if moved is None else x @ moved.T
 
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of ``A``."""
+        return self.matrix.diagonal()
+
+    def off_diagonal(self, gain: Tensor | None = None) -> "Dense":
+        """Return the operator of ``A`` with a diagonal of zeros, and rows multiplied by ``gain``."""
+        scaled = self.matrix.clone() if gain is None else self.matrix * gain[:, None]
+        return Dense(scaled.fill_diagonal_(0))
+
     @property
     def can_solve(self) -> bool:
         """Whether :meth:`solve` is affordable: beyond this size one row takes longer than thousands of products."""
@@ -108,6 +119,47 @@ class StrictlyLower(Dense):
     def transpose(self) -> StrictlyUpper:
         """Return the operator of ``A^T``."""
         return StrictlyUpper(self.matrix.T)
+
+
+@dataclass(frozen=True)
+class Sparse(Dense):
+    """A matrix of few non-zeros in compressed rows (CSR), for inference: it gives no gradient."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return ``x A^T``."""
+        return sparse.linear(x, self.matrix)
+
+    def apply_into(self, x: Tensor, out: Tensor, *, plus: Tensor | None = None) -> Tensor:
+        """Write ``x A^T + plus`` into ``out``."""
+        return sparse.linear_into(x, self.matrix, out, plus)
+
+    def transpose(self) -> "Sparse":
+        """Return the operator of ``A^T``."""
+        return Sparse(sparse.compressed(self.dense().T))
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of ``A``."""
+        own = self._rows == self.matrix.col_indices()
+        values = self.matrix.values()
+        return values.new_zeros(self.dim).index_put((self._rows[own],), values[own])
+
+    def off_diagonal(self, gain: Tensor | None = None) -> "Sparse":
+        """Return the operator of ``A`` with a diagonal of zeros, and rows multiplied by ``gain``."""
+        values = torch.where(self._rows == self.matrix.col_indices(), 0, self.matrix.values())
+        return Sparse(sparse.with_values(self.matrix, values if gain is None else values * gain[self._rows]))
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        starts = self.matrix.crow_indices()
+        return torch.arange(self.dim, device=starts.device).repeat_interleave(starts.diff())
+
+    def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
+        """Solve ``v - slope * (v A^T) = rhs`` for each row by LU."""
+        return Dense(self.dense()).solve(slope, rhs)
+
+    def dense(self) -> Tensor:
+        """Return ``A``."""
+        return self.matrix.to_dense()
 
 
 @dataclass(frozen=True)

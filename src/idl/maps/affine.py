@@ -186,12 +186,12 @@ class _MatrixProblem(Problem):
     def product(self, slope: Tensor, v: Tensor) -> Tensor:
         return slope * self.state_matrix.apply(v)
 
-    def _own_weights(self) -> Tensor | None:
-        """Return the diagonal of ``A`` if some unit feeds itself so much that it is worth being solved for."""
-        if type(self.state_matrix) is not Dense or not self.state_matrix.dim:
+    def _self_fed(self) -> tuple[Dense, Tensor] | None:
+        """Return ``A`` and its diagonal if some unit feeds itself so much that it is worth being solved for."""
+        if not isinstance(self.state_matrix, Dense) or not self.state_matrix.dim:
             return None
-        own = self.state_matrix.matrix.diagonal()
-        return own if _SELF_FED < float(own.max()) < 1 else None
+        own = self.state_matrix.diagonal()
+        return (self.state_matrix, own) if _SELF_FED < float(own.max()) < 1 else None
 
     @property
     def can_solve(self) -> bool:
@@ -236,11 +236,11 @@ class _AffineProblem(_MatrixProblem):
 
         Row sums of ``kappa`` become at most ``(kappa - a) / (1 - a) <= kappa``.
         """
-        if self.activation != activations.relu or (own := self._own_weights()) is None:
+        if self.activation != activations.relu or (fed := self._self_fed()) is None:
             return self
+        A, own = fed
         gain = 1 / (1 - own)
-        A = (self.state_matrix.dense() * gain[:, None]).fill_diagonal_(0)
-        return _AffineProblem(Dense(A), self.Z * gain, self.activation)
+        return _AffineProblem(A.off_diagonal(gain), self.Z * gain, self.activation)
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.state_matrix.precise.apply(to_precise(x)) + self.Z
@@ -275,11 +275,11 @@ class _SlopedProblem(_MatrixProblem):
 
     def eased(self) -> "_SlopedProblem":
         """Solve each unit for its own part: ``v = d (a v + r)`` is ``v = d / (1 - d a) r``."""
-        if (own := self._own_weights()) is None or not float((self.slope * own).max()) < 1:
+        if (fed := self._self_fed()) is None or not float((self.slope * fed[1]).max()) < 1:
             return self
+        A, own = fed
         gain = 1 / (1 - self.slope * own)
-        off_diagonal = Dense(self.state_matrix.dense().clone().fill_diagonal_(0))
-        return _SlopedProblem(off_diagonal, self.slope * gain, self.source * gain, self.order)
+        return _SlopedProblem(A.off_diagonal(), self.slope * gain, self.source * gain, self.order)
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.state_matrix.precise.apply(to_precise(x)) * self.slope + self.source, self.slope

@@ -1,5 +1,6 @@
 """Modules: parameters, initialisation and forward; nothing of how an equilibrium is found."""
 
 from idl.nn.implicit_model import ImplicitModel
+from idl.nn.sparse import SparseImplicitModel
 
-__all__ = ["ImplicitModel"]
+__all__ = ["ImplicitModel", "SparseImplicitModel"]

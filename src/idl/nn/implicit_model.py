@@ -8,11 +8,11 @@ from typing import Any, Literal, overload
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from idl import checks
 from idl.activations import Activation
 from idl.functions import ImplicitFunction, ImplicitFunctionInf, StateParameters
+from idl.linalg.sparse import linear
 from idl.solvers.base import Solution
 
 _DEFAULTS = {"mitr": 300, "grad_mitr": 300, "tol": 3e-6, "grad_tol": 3e-6}
@@ -134,10 +134,11 @@ class ImplicitModel(nn.Module):
             ConvergenceError: If a sample did not converge and ``f`` has ``on_failure="raise"``.
         """
         u = self._flattened(checks.floating_tensor("u", u))
+        A, B, C, D = self._matrices()
         if not return_solution:
-            return self._output(self.f(self._state_parameters, self.B, u, bias=self.bias, x0=x0), u)
-        solution = self.f.solution(self._state_parameters, self.B, u, bias=self.bias, x0=x0)
-        return self._output(solution.x, u), solution
+            return self._output(self.f(A, B, u, bias=self.bias, x0=x0), u, C, D)
+        solution = self.f.solution(A, B, u, bias=self.bias, x0=x0)
+        return self._output(solution.x, u, C, D), solution
 
     def state_matrix(self) -> Float[Tensor, "n n"]:
         """Return the admissible ``A``, after the constraint and with low-rank factors multiplied out."""
@@ -153,13 +154,19 @@ class ImplicitModel(nn.Module):
     def _state_parameters(self) -> StateParameters:
         return self.A if self.rank is None else (self.L, self.R)
 
-    def _output(self, x: Tensor, u: Tensor) -> Tensor:
-        if self.D is None:
-            return F.linear(x, self.C)
+    def _matrices(self) -> tuple[StateParameters, Tensor, Tensor, Tensor | None]:
+        """Return ``A, B, C, D`` as the forward pass multiplies with them."""
+        return self._state_parameters, self.B, self.C, self.D
+
+    def _output(self, x: Tensor, u: Tensor, C: Tensor, D: Tensor | None) -> Tensor:
+        if D is None:
+            return linear(x, C)
+        if D.layout == torch.sparse_csr:
+            return linear(x, C) + linear(u, D)
         rows = u.reshape(-1, self.input_dim)
         # A product with few columns takes half the time as the transpose of one with few rows.
-        direct = (self.D @ rows.T).T.reshape(*u.shape[:-1], self.output_dim) if u.dim() != 2 else (self.D @ u.T).T
-        return F.linear(x, self.C) + direct
+        direct = (D @ rows.T).T.reshape(*u.shape[:-1], self.output_dim) if u.dim() != 2 else (D @ u.T).T
+        return linear(x, C) + direct
 
     def _flattened(self, u: Tensor) -> Tensor:
         p = self.input_dim

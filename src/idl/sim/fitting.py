@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from idl.functions import ImplicitFunction, ImplicitFunctionInf, ImplicitFunctionTriu
-from idl.nn import ImplicitModel
+from idl.nn import ImplicitModel, SparseImplicitModel
 from idl.sim import rescaling
 from idl.sim.certificate import Certificate, WeightsKept
 from idl.sim.moments import Moments, accumulate
@@ -44,7 +44,7 @@ class _Block:
 
 def fit_model(
     recorded: Recorded, loader: Iterable[Any], settings: Settings, near: Certificate | None = None
-) -> tuple[ImplicitModel, Certificate]:
+) -> tuple[SparseImplicitModel, Certificate]:
     """Return the model and its certificate; the rows start from those of ``near``, if it is given."""
     fitting = _Fitting(recorded, loader, settings)
     states = fitting.state_rows(None if near is None else near.states.W)
@@ -61,7 +61,7 @@ def fit_model(
         fitting.rescaling,
         recorded.moments.samples,
     )
-    return model, certificate
+    return SparseImplicitModel(model), certificate
 
 
 class _Fitting:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from idl import checks
-from idl.nn import ImplicitModel
+from idl.nn import SparseImplicitModel
 from idl.sim.certificate import Certificate
 from idl.sim.fitting import Rescaling, Settings, fit_model
 from idl.sim.recording import Recorded, record
@@ -46,7 +46,7 @@ class SIM:
         layers: Names of the activations that become states; all if ``None``.
 
     Attributes:
-        model_: The implicit model, after :meth:`fit`.
+        model_: The implicit model, after :meth:`fit`; its zeros stay zero while it is trained further.
         certificate_: Objective and duality gap of each row, feasibility, weights kept.
 
     Raises:
@@ -59,7 +59,7 @@ class SIM:
         True
     """
 
-    model_: ImplicitModel
+    model_: SparseImplicitModel
     certificate_: Certificate
 
     def __init__(
@@ -181,7 +181,7 @@ class SIM:
             raise ValueError("`loader` must yield at least one sample; got none.")
         return right / total
 
-    def _fitted(self) -> ImplicitModel:
+    def _fitted(self) -> SparseImplicitModel:
         if not hasattr(self, "model_"):
             raise ValueError("this SIM has no model yet; call fit(teacher, loader) first.")
         return self.model_

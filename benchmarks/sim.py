@@ -17,18 +17,20 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from measuring import environment
+from measuring import Turns, environment, peak_bytes, timed_by_turns
 from sklearn.linear_model import Lasso
 from torch import Tensor, nn
 from torchidl.sim.solvers import ADMMSolver, LeastSquareSolver
 
-from idl import data
+from idl import SIM, ImplicitModel, data
+from idl.nn import SparseImplicitModel
 from idl.sim import rescaling
 from idl.sim.capture import Teacher
 from idl.sim.moments import Moments, accumulate
@@ -55,12 +57,18 @@ class Settings:
     reference_rows: int = 8  # that cvxpy and scikit-learn solve; times are for all rows, extrapolated
     admm_steps: int = 50  # of the 1500 in torchidl's example; extrapolated
     example_steps: int = 1500
+    # The forward of a sparse model: (hidden, inputs, outputs), part of the weights that is kept, samples.
+    shapes: tuple[tuple[int, int, int], ...] = ((112, 784, 10), (256, 784, 10), (1000, 1000, 1000), (1024, 4096, 1024))
+    densities: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
+    batches: tuple[int, ...] = (1, 32, 1024)
+    turns: Turns = Turns(seconds=3, fewest=7, most=30, warm=1, timed=3)  # noqa: RUF009, it is immutable
 
     def smoke(self) -> "Settings":
         """Return the same at toy size."""
         return replace(
             self, dataset="digits", samples=(1000, 500), lams=(1e-2, 1e-3), epochs=10, repeats=1, admm_steps=5,
-            reference_rows=2,
+            reference_rows=2, shapes=((500, 500, 10),), densities=(0.05, 0.2), batches=(1, 32),
+            turns=Turns(seconds=1, fewest=1, most=1, warm=1, timed=2),
         )  # fmt: skip
 
 
@@ -242,13 +250,62 @@ def measure_growth(settings: Settings, states: States) -> list[dict[str, Any]]:
     return results
 
 
+def measure_forward(settings: Settings) -> list[dict[str, Any]]:
+    """Time a sparse model's predictions beside those of the same model without knowledge of its zeros."""
+    results = []
+    for n, p, q in settings.shapes:
+        for density in settings.densities:
+            torch.manual_seed(settings.seed)
+            dense = ImplicitModel(n, p, q)
+            with torch.no_grad():
+                for parameter in dense.parameters():
+                    parameter.mul_(torch.rand_like(parameter) < density)
+                dense.A.mul_(0.5 / dense.A.abs().sum(1, keepdim=True).clamp_min(1e-9))
+            model = SparseImplicitModel(dense)
+            for batch in settings.batches:
+                u = torch.randn(batch, p)
+                contestants = {"sparse": partial(model, u), "dense": partial(dense, u)}
+                with torch.no_grad():
+                    times = timed_by_turns(contestants, settings.turns)
+                    matrices = dict(zip("ABCD", model._matrices(), strict=True))
+                results.append(
+                    {
+                        "shape": (n, p, q),
+                        "density": density,
+                        "batch": batch,
+                        "milliseconds": times.spread("sparse").median,
+                        "dense/sparse": times.ratio("dense", "sparse").median,
+                        "compressed": "".join(name for name, matrix in matrices.items() if is_compressed(matrix)),
+                    }
+                )
+                print(f"  forward {results[-1]}", flush=True)
+    return results
+
+
+def is_compressed(matrix: Any) -> bool:
+    """Return whether a matrix is in compressed rows."""
+    tensor = matrix if isinstance(matrix, Tensor) else matrix.tensors[0]
+    return bool(tensor.layout == torch.sparse_csr)
+
+
+def measure_memory(settings: Settings, teacher: nn.Module, inputs: Tensor) -> list[dict[str, Any]]:
+    """Take the most memory that a whole fit holds beside its inputs, in batches of 2,000."""
+    batches = {samples: inputs[:samples].split(2000) for samples in sorted(settings.samples)}
+    return [
+        {"samples": samples, "bytes": peak_bytes(lambda given=given: SIM(lam=1e-3).fit(teacher, given))}
+        for samples, given in batches.items()
+    ]
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """Measure everything."""
     torch.set_num_threads(max(settings.threads))
     teacher, inputs, accuracy = trained_teacher(settings)
-    results: dict[str, Any] = {"teacher_accuracy": accuracy, "moments": [], "rows": [], "peers": [], "growth": []}
+    results: dict[str, Any] = {"teacher_accuracy": accuracy, "memory": measure_memory(settings, teacher, inputs)}
+    results |= {name: [] for name in ("moments", "rows", "peers", "growth", "forward")}
     for threads in settings.threads:
         torch.set_num_threads(threads)
+        results["forward"] += [{"threads": threads, **row} for row in measure_forward(settings)]
         for samples in settings.samples:
             for rescaled in (True, False):
                 states = recorded_states(teacher, inputs[:samples], rescaled=rescaled, kappa=settings.kappa)
@@ -306,6 +363,21 @@ def markdown(results: dict[str, Any], described: dict[str, Any]) -> str:
             for row in results["peers"]
             if row["threads"] == threads
         ]
+        lines += ["", "Predictions of a sparse model, dense time / sparse time; in brackets what is compressed:", ""]
+        rows = [row for row in results["forward"] if row["threads"] == threads]
+        densities = list(dict.fromkeys(row["density"] for row in rows))
+        kept = " | ".join(f"{100 * density:g} % kept" for density in densities)
+        lines += [f"| hidden, inputs, outputs | samples | {kept} |"]
+        lines += ["|---|---:|" + "---:|" * len(densities)]
+        for shape, batch in dict.fromkeys((tuple(row["shape"]), row["batch"]) for row in rows):
+            cells = [
+                f"{row['dense/sparse']:.2f} ({row['compressed'] or '-'})"
+                for row in rows
+                if (tuple(row["shape"]), row["batch"]) == (shape, batch)
+            ]
+            lines.append(f"| {', '.join(map(str, shape))} | {batch:,} | " + " | ".join(cells) + " |")
+    lines += ["", "Most memory that a whole fit holds beside its inputs:", "", "| samples | MiB |", "|---:|---:|"]
+    lines += [f"| {row['samples']:,} | {row['bytes'] / 2**20:.1f} |" for row in results["memory"]]
     return "\n".join(lines) + "\n"
 
 

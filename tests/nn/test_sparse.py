@@ -18,7 +18,7 @@ from idl.nn import SparseImplicitModel
 NAMES = ("A", "B", "C", "D")
 
 
-def sparse(n=30, p=40, q=20, density=0.08, dtype=torch.float32, seed=0, scale=1.0, **options):
+def sparse(n=30, p=40, q=20, density=0.05, dtype=torch.float32, seed=0, scale=1.0, **options):
     """A model of random weights, and the dense one that it is made of."""
     generator = torch.Generator().manual_seed(seed)
     dense = ImplicitModel(n, p, q, **options).to(dtype)
@@ -76,7 +76,7 @@ def test_rows_above_the_bound_are_rescaled_as_ever(scale, eager_to_compress):
 
 
 def test_units_that_feed_themselves_are_solved_for_in_compressed_rows_too(eager_to_compress):
-    _, dense = sparse(density=0.05)
+    _, dense = sparse(n=60, density=0.03)
     with torch.no_grad():
         dense.A.fill_diagonal_(0.9)
         model, u = SparseImplicitModel(dense), inputs(6, 40)
@@ -140,10 +140,10 @@ def test_small_matrices_stay_dense():
 
 
 def test_large_ones_do_not():
-    model, dense = sparse(n=500, p=450, q=3, density=0.02)
+    model, dense = sparse(n=800, p=750, q=3, density=0.02)
     A, B, C, _ = in_use(model)
     assert isinstance(A, Sparse) and B.layout == torch.sparse_csr and C.layout == torch.strided
-    u = inputs(70, 450)
+    u = inputs(70, 750)
     with torch.no_grad():
         torch.testing.assert_close(model(u), dense(u), rtol=1e-4, atol=1e-4)
 

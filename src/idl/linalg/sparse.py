@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Where CSR takes less time than the dense product for every batch, on one thread and on two (benchmarks/README.md).
-_MOST = 0.1  # part of the entries that are not zero
-_SMALLEST = 200_000  # entries
+_MOST = 0.07  # part of the entries that are not zero
+_SMALLEST = 500_000  # entries
 _ROWS = 64  # samples that are multiplied at once, so that their columns stay in the cache
 
 

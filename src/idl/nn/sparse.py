@@ -24,8 +24,8 @@ class SparseImplicitModel(ImplicitModel):
 
     Parameters and ``state_dict`` are those of the :class:`ImplicitModel` it is made of. Its support, what is not zero
     when the model is made or loaded, does not change: a weight outside takes no part and gets no gradient. Without
-    gradients, on a CPU, large matrices of which a tenth or less is kept multiply in compressed rows. These are made
-    once, until a parameter changes; a change through ``parameter.data`` is not seen.
+    gradients, on a CPU, large matrices of which 7 % or less is kept multiply in compressed rows. These are made once,
+    until a parameter changes; a change through ``parameter.data`` is not seen.
 
     Args:
         model: Model of full rank; it is copied.

@@ -32,6 +32,8 @@ class Settings:
     rescale: bool | Rescaling
     debias: bool
     refit: bool | Literal["layers"]
+    column_weights: tuple[float, ...] | None
+    knee: float
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ class _Fitting:
         self.recorded, self.loader, self.settings = recorded, loader, settings
         self.scale, self.rescaling = _scale(recorded, settings)
         self.n, self.p = recorded.states, recorded.inputs
+        self.penalty = self._penalty()
         # The bound on row sums: kappa, or less for an activation whose slope exceeds 1.
         self.radius = settings.kappa / max(1.0, recorded.teacher.activation.lipschitz or 1.0)
         self.blocks = self._blocks()
-        self.model = _empty_model(recorded, settings)
+        self.model = empty_model(recorded, settings)
         self.known = recorded.moments.gram[self.n :, self.n :]  # of the last columns, which no pass need see again
         ones = self.scale.new_ones
         outputs = recorded.moments.mean_T.shape[0] - self.n
@@ -134,6 +137,18 @@ class _Fitting:
         A, B, C, D = (int(matrix.count_nonzero()) for matrix in matrices)
         return WeightsKept(A, B, C, D, self.recorded.teacher.weights)
 
+    def _penalty(self) -> Tensor:
+        """Return ``lam`` times the factor of each column."""
+        columns, weights = self.n + self.p, self.settings.column_weights
+        if weights is None:
+            return self.scale.new_full((columns,), self.settings.lam)
+        if len(weights) != columns:
+            raise ValueError(
+                f"`column_weights` must have one factor for each of {self.n} states and {self.p} inputs, {columns} in "
+                f"all; got {len(weights)}."
+            )
+        return self.settings.lam * self.scale.new_tensor(weights)
+
     def _blocks(self) -> list[_Block]:
         """Return all rows as one block, or each layer as one that reads the layers before it."""
         everything = self.n + self.p
@@ -170,8 +185,8 @@ class _Fitting:
     def _problem(self, moments: Moments, ball: int) -> RowProblem:
         """Return the problem of least squares with the penalty."""
         moments = moments.centred() if self.recorded.biased else moments
-        penalty = torch.full_like(moments.mean_S, self.settings.lam * self.settings.l1_ratio)
-        return RowProblem(moments.gram, moments.cross, moments.energies, penalty, ball, self.radius)
+        penalty = self.settings.l1_ratio * self.penalty[-len(moments.mean_S) :]  # rows read the last columns
+        return RowProblem(moments.gram, moments.cross, moments.energies, penalty, ball, self.radius, self.settings.knee)
 
     def _solved(
         self, solver: AbstractRowSolver, moments: Moments, ball: int, start: Tensor | None
@@ -180,7 +195,7 @@ class _Fitting:
         settings, least_squares = self.settings, self._problem(moments, ball)
         problem = least_squares
         if settings.l1_ratio < 1:
-            ridge = torch.full_like(problem.penalty, settings.lam * (1 - settings.l1_ratio))
+            ridge = (1 - settings.l1_ratio) / settings.l1_ratio * problem.penalty
             problem = replace(problem, gram=problem.gram + ridge.diag())
         solution = solver.solve(problem, start)
         if settings.debias and solver.keeps_ball and (solver.shrinks or settings.l1_ratio < 1):
@@ -205,7 +220,7 @@ def _scale(recorded: Recorded, settings: Settings) -> tuple[Tensor, str]:
     return rescaling.unit_variance(A, sizes, energies, settings.kappa), "unit_variance"
 
 
-def _empty_model(recorded: Recorded, settings: Settings) -> ImplicitModel:
+def empty_model(recorded: Recorded, settings: Settings) -> ImplicitModel:
     """Return a model of zeros; a bias of the outputs is carried by one unit more, which is constant."""
     activation, n = recorded.teacher.activation, recorded.states
     f: ImplicitFunction

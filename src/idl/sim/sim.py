@@ -1,7 +1,9 @@
 """SIM: a pretrained network's states turn training into a convex problem."""
 
+import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -43,6 +45,10 @@ class SIM:
             does so for every layer: they are fitted one after the other, each on what those before it really give, so
             that errors do not add up. ``A`` is then strictly block triangular and its equilibrium a substitution. The
             loader is passed over once more for each layer but the first.
+        column_weights: Factors of the penalty, one for each column of ``[X U]``: the states, those of the last layer
+            first, then the inputs. 0 leaves a weight unpenalised. ``None`` means 1 for all.
+        knee: Size of a weight from which on its penalty is quadratic, :math:`(w^2 + k^2) / (2k)`: the reverse Huber
+            penalty, which shrinks large weights less evenly and is the convex relaxation of a number of weights.
         layers: Names of the activations that become states; all if ``None``.
 
     Attributes:
@@ -72,6 +78,8 @@ class SIM:
         debias: bool = True,
         refit: bool | Literal["layers"] = True,
         *,
+        column_weights: Sequence[float] | Tensor | None = None,
+        knee: float = math.inf,
         layers: Sequence[str] | None = None,
     ) -> None:
         solver = Hybrid() if solver is None else solver
@@ -84,6 +92,8 @@ class SIM:
         if not isinstance(refit, bool):
             checks.one_of("refit", refit, ("layers",))
         self.rescale, self.debias, self.refit, self.layers = rescale, debias, refit, layers
+        self.column_weights = None if column_weights is None else _checked_weights(column_weights)
+        self.knee = knee if knee == math.inf else checks.positive("knee", knee)
 
     def fit(self, teacher: nn.Module, loader: Iterable[Any], *, target_sparsity: float | None = None) -> "SIM":
         """Fit :attr:`model_` to a teacher on the inputs of a loader, which is passed over twice, or see ``refit``.
@@ -110,15 +120,19 @@ class SIM:
             )
         recorded = record(teacher, loader, self.layers)
         if target_sparsity is None:
-            return self._fit(recorded, loader)
+            return self.fit_recorded(recorded, loader)
         return self._search(recorded, loader, 1 - checks.in_open_unit("target_sparsity", target_sparsity))
 
-    def _fit(self, recorded: Recorded, loader: Iterable[Any], near: "SIM | None" = None) -> "SIM":
-        """Fit to moments that are there; ``near`` is a fit with another ``lam``."""
-        settings = Settings(self.solver, self.kappa, self.lam, self.l1_ratio, self.rescale, self.debias, self.refit)
+    def fit_recorded(self, recorded: Recorded, loader: Iterable[Any], near: "SIM | None" = None) -> "SIM":
+        """Fit to what was recorded before; ``near`` is a fit with another ``lam``, from which the rows start."""
         start = None if near is None else near.certificate_
-        self.model_, self.certificate_ = fit_model(recorded, loader, settings, start)
+        self.model_, self.certificate_ = fit_model(recorded, loader, self.settings, start)
         return self
+
+    @property
+    def settings(self) -> Settings:
+        """All that decides the numbers of a fit, beside teacher, inputs and :attr:`layers`."""
+        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
 
     def _search(self, recorded: Recorded, loader: Iterable[Any], most: float) -> "SIM":
         """Fit with the smallest ``lam`` that keeps at most this part of the teacher's weights, nearly."""
@@ -126,7 +140,7 @@ class SIM:
         low, high = 0.0, math.inf  # lam that keeps too many, and lam that keeps few enough
         near, lam = None, self.lam
         for _ in range(_TRIALS):
-            near = self._with(lam)._fit(recorded, loader, near)
+            near = self._with(lam).fit_recorded(recorded, loader, near)
             kept = near.certificate_.weights_kept.fraction
             if kept <= most:
                 enough, high = near, lam
@@ -147,9 +161,10 @@ class SIM:
         return self
 
     def _with(self, lam: float) -> "SIM":
-        """Return an unfitted SIM with these settings and another ``lam``."""
-        settings = (self.kappa, lam, self.l1_ratio, self.rescale, self.debias, self.refit)
-        return SIM(self.solver, *settings, layers=self.layers)
+        """Return a SIM with these settings and another ``lam``."""
+        other = copy.copy(self)
+        other.lam = lam
+        return other
 
     def predict(self, u: Tensor) -> Float[Tensor, "*batch q"]:
         """Return the outputs of :attr:`model_` for inputs, without a gradient."""
@@ -187,24 +202,6 @@ class SIM:
         return self.model_
 
 
-def lambda_path(teacher: nn.Module, loader: Iterable[Any], lams: Iterable[float], **settings: Any) -> Iterator[SIM]:
-    """Yield a fitted :class:`SIM` for each ``lam``, the largest first, each started from the one before.
-
-    The teacher is run once for all of them, and the loader passed over once more for each.
-
-    Args:
-        teacher: See :meth:`SIM.fit`.
-        loader: See :meth:`SIM.fit`.
-        lams: Weights of the penalty, in any order.
-        **settings: The other arguments of :class:`SIM`.
-
-    Raises:
-        CaptureError, TypeError, ValueError: As :class:`SIM` and :meth:`SIM.fit` do.
-    """
-    unfitted = [SIM(lam=lam, **settings) for lam in sorted(lams, reverse=True)]
-    if not unfitted:
-        return
-    recorded, near = record(teacher, loader, settings.get("layers")), None
-    for sim in unfitted:
-        near = sim._fit(recorded, loader, near)
-        yield near
+def _checked_weights(column_weights: Sequence[float] | Tensor) -> tuple[float, ...]:
+    weights = column_weights.tolist() if isinstance(column_weights, Tensor) else list(column_weights)
+    return tuple(checks.non_negative("column_weights", weight) for weight in weights)

@@ -4,7 +4,7 @@ The models know nothing of this room, and importing `idl` does not import it. No
 :func:`progress_line` to the console that it is given.
 """
 
-from idl.training.atomic import write_json
+from idl.atomic import write_json
 from idl.training.baseline import ExplicitMLP
 from idl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from idl.training.classifier import EpochRecord, History, Labelled, Progress, Recipe, evaluate, fit_classifier

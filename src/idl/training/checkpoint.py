@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from idl.training.atomic import write_bytes
+from idl.atomic import write_bytes
 from idl.training.runs import settings_that_differ
 
 _FORMAT = "idl checkpoint 1"

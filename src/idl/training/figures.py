@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from idl.training.atomic import write_bytes
+from idl.atomic import write_bytes
 from idl.training.classifier import EpochRecord
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import cast
 import safetensors.torch
 from torch import nn
 
-from idl.training.atomic import write_bytes, write_json
+from idl.atomic import write_bytes, write_json
 
 _MARK = "written_by"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from idl.sim.problem import RowProblem
 from idl.sim.solvers.base import AbstractRowSolver, Incumbent, RowSolution
 
-_INTERVAL = 10  # steps between two tests; a test costs about as much as a step
+_INTERVAL = 20  # steps between two tests; a test costs about as much as a step
 _RELAXATION = 1.7  # over-relaxation between 1.5 and 1.8 is what Boyd et al. (2011, section 3.4.3) advise
 _ADAPT_UNTIL = 2000  # steps after which the step sizes stay, so that convergence is proved
 

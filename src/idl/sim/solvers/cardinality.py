@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from idl import checks
+from idl.sim.elimination import Elimination
 from idl.sim.problem import RowProblem
 from idl.sim.solvers.base import AbstractRowSolver, RowSolution
 from idl.sim.solvers.debias import debias
@@ -62,6 +63,7 @@ class Cardinality(AbstractRowSolver):
         """Return a solver for each problem, with the weights shared out between them."""
         if self.per != "all":
             return [self] * len(problems)
+        problems = [Elimination(problem).problem if bool(problem.free.any()) else problem for problem in problems]
         budget = int(self.keep * teacher_weights if isinstance(self.keep, float) else self.keep)
         budget = min(max(budget - spent, 0), sum(problem.correlations.numel() for problem in problems))
         kept = [int(part.count_nonzero()) for part in _sparse(problems, budget, per_row=False)]

@@ -10,7 +10,7 @@ from idl.sim.solvers.active_set import newton
 from idl.sim.solvers.admm import Splitting
 from idl.sim.solvers.base import AbstractRowSolver, Incumbent, RowSolution
 
-_SUPPORT_GAP = 0.1  # relative gap at which the support is first tried; nearly always it is good enough
+_SUPPORT_GAP = 0.05  # relative gap at which the support is first tried; nearly always it is good enough
 _ADMM_STEPS = 300  # most steps of the first round; each round allows twice as many
 _NEWTON_STEPS = 30
 

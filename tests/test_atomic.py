@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from idl.training.atomic import write_bytes, write_json
+from idl.atomic import write_bytes, write_json
 
 
 def test_a_file_holds_exactly_what_was_written(tmp_path):

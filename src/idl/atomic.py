@@ -1,6 +1,6 @@
 """Writing a file whole or not at all.
 
-Everything a training run leaves behind goes through here. What the files mean is not known here.
+Everything that the library leaves behind goes through here. What the files mean is not known here.
 """
 
 from __future__ import annotations

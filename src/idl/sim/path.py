@@ -1,0 +1,131 @@
+"""A warm-started path of models, from few weights to many, that can be interrupted and resumed."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from idl.atomic import write_bytes
+from idl.nn import SparseImplicitModel
+from idl.sim.certificate import Certificate, WeightsKept
+from idl.sim.fitting import empty_model
+from idl.sim.recording import Recorded, record
+from idl.sim.sim import SIM
+from idl.sim.solvers.base import RowSolution
+
+_FORMAT = "idl sim 1"
+
+
+def lambda_path(
+    teacher: nn.Module,
+    loader: Iterable[Any],
+    lams: Iterable[float],
+    *,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> Iterator[SIM]:
+    """Yield a fitted :class:`~idl.SIM` for each ``lam``, the largest first, each started from the one before.
+
+    The teacher is run once for all of them, and the loader passed over once more for each.
+
+    Args:
+        teacher: See :meth:`~idl.SIM.fit`.
+        loader: See :meth:`~idl.SIM.fit`.
+        lams: Weights of the penalty, in any order.
+        folder: Where each fit is written as soon as it is done, and looked up if it is there: an interrupted path goes
+            on from the last one, to the same numbers. The files are safetensors.
+        **settings: The other arguments of :class:`~idl.SIM`.
+
+    Raises:
+        CaptureError, TypeError: As :class:`~idl.SIM` and :meth:`~idl.SIM.fit` do.
+        ValueError: As these do, or if ``folder`` holds a path of other settings or data, or a damaged file.
+    """
+    unfitted = [SIM(lam=lam, **settings) for lam in sorted(lams, reverse=True)]
+    if not unfitted:
+        return
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    recorded, near = record(teacher, loader, settings.get("layers")), None
+    for sim in unfitted:
+        path = None if folder is None else Path(folder) / f"lam-{sim.lam:g}.safetensors"
+        if path is not None and path.exists():
+            near = _read(path, sim, recorded)
+        else:
+            near = sim.fit_recorded(recorded, loader, near)
+            if path is not None:
+                write_bytes(path, _written(near, recorded))
+        yield near
+
+
+def _written(sim: SIM, recorded: Recorded) -> bytes:
+    certificate = sim.certificate_
+    tensors = {f"model.{name}": tensor for name, tensor in sim.model_.state_dict().items()}
+    tensors |= {"row_sums": certificate.row_sums, "explained": certificate.explained, **_identity(recorded)}
+    for name in ("states", "outputs"):
+        rows = getattr(certificate, name)
+        tensors |= {f"{name}.{f.name}": v for f in fields(rows) if isinstance(v := getattr(rows, f.name), Tensor)}
+    metadata = {
+        "format": _FORMAT,
+        "settings": _described(sim),
+        "steps": json.dumps([certificate.states.steps, certificate.outputs.steps]),
+        "weights_kept": json.dumps(asdict(certificate.weights_kept)),
+        "rescaling": certificate.rescaling,
+        "samples": str(certificate.samples),
+    }
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def _read(path: Path, sim: SIM, recorded: Recorded) -> SIM:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no file of a path ({error}); delete it to fit again.") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no file of a path; name another folder.")
+    same_data = metadata["samples"] == str(recorded.moments.samples) and all(
+        tensors[name].shape == value.shape and torch.allclose(tensors[name].to(value), value, rtol=1e-9, atol=0)
+        for name, value in _identity(recorded).items()
+    )
+    if metadata["settings"] != _described(sim) or not same_data:
+        what = "settings" if same_data else "data, or of another teacher"
+        raise ValueError(f"{path} is of other {what}; name another folder, or delete it to fit again.")
+    model = SparseImplicitModel(empty_model(recorded, sim.settings))
+    model.load_state_dict(_below("model", tensors))
+    tensors = {name: tensor.to(recorded.moments.gram.device) for name, tensor in tensors.items()}
+    first, second = json.loads(metadata["steps"])
+    sim.model_, sim.certificate_ = (
+        model,
+        Certificate(
+            RowSolution(steps=first, **_below("states", tensors)),
+            RowSolution(steps=second, **_below("outputs", tensors)),
+            sim.solver.tol,
+            tensors["row_sums"],
+            sim.kappa,
+            WeightsKept(**json.loads(metadata["weights_kept"])),
+            tensors["explained"],
+            metadata["rescaling"],
+            int(metadata["samples"]),
+        ),
+    )
+    return sim
+
+
+def _below(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with this one, without it."""
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _identity(recorded: Recorded) -> dict[str, Tensor]:
+    """Return what two recordings of the same teacher on the same samples share."""
+    return {"gram_diagonal": recorded.moments.gram.diagonal().clone(), "energies": recorded.moments.energies}
+
+
+def _described(sim: SIM) -> str:
+    return repr((sim.settings, sim.layers))

@@ -67,3 +67,18 @@ def test_the_rate_at_the_end_is_that_of_the_map():
     result = iterate(Picard(1e-9), problem, None, torch.float64)
     # In the largest entry a rotation shrinks less evenly than in the 2-norm.
     assert 0.3 < result.rate < 0.75
+
+
+def test_while_steps_do_not_shrink_tests_come_soon_after_each_other():
+    # At rounding just above the tolerance a long burst would spend the budget before another method is tried.
+    A = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)  # turns: every step is as long as the last
+    problem = AffineMap(Dense, activations.identity).at((torch.ones(1, 2, dtype=torch.float64), A))
+    solver, spent = Picard(), 0
+    state, _ = solver.init(problem, None)
+    costs = []
+    while spent < 200:
+        state, cost = solver.step(problem, state, 300 - spent)
+        spent += cost
+        costs.append(cost)
+    assert state.remaining == float("inf")
+    assert max(costs) <= 8

@@ -35,6 +35,7 @@ class PicardState(NamedTuple):
         return self.residual * (self.residual / (self.before - self.residual).clamp_min_(tiny))
 
 
+_UNSURE = 8  # steps between tests while steps do not shrink
 _LONGEST_PLAN = 16  # a rate that needs more calls for an early test: another method may be due
 
 
@@ -70,6 +71,8 @@ class Picard(AbstractFixedPointSolver):
     def step(self, problem: Problem, state: PicardState, budget: int) -> tuple[PicardState, int]:
         """Apply the map as often as is expected to be needed, at most as often as until now, then test."""
         longest = _LONGEST_PLAN if state.spent == 1 else min(max(state.spent, 4), 64)
+        if state.remaining == math.inf:  # a transient that grows, or rounding: look again soon
+            longest = min(longest, _UNSURE)
         steps = min(int(min(max(state.remaining, 1), longest)), budget)
         x, sizes = self._burst(problem, state, steps)
         ratios = sizes / state.tolerance

@@ -84,7 +84,7 @@ def compare(ledger: Ledger, name: str, teacher: nn.Module, splits: Splits, seed:
         "activation-weighted, refitted": lambda kept: pruning.refitted_after_pruning(teacher, inputs, kept),
         "layerwise Lasso, refitted": lambda kept: pruning.layerwise_lasso(teacher, inputs, kept),
     }
-    tuned = ("global magnitude", "layerwise magnitude")
+    tuned = ("global magnitude", "layerwise magnitude", "activation-weighted, refitted")
     sims: dict[str, Callable[[float], SIM]] = {
         "SIM, l1": lambda kept: SIM(lam=0.01).fit(teacher, batches, target_sparsity=1 - kept),
         "SIM, cardinality": lambda kept: sim_by_keep(kept).fit(teacher, batches),
@@ -124,6 +124,7 @@ def attack(ledger: Ledger, name: str, teacher: nn.Module, splits: Splits, seed: 
         "global magnitude, tuned": lambda: pruning.fine_tuned(
             pruning.magnitude_pruned(teacher, ROBUST, everywhere=True), splits.train, splits.validation, seed
         ),
+        "activation-weighted, refitted": lambda: pruning.refitted_after_pruning(teacher, splits.train.inputs, ROBUST),
         "SIM, l1": lambda: SIM(lam=LAM).fit(teacher, splits.train.inputs.split(2000)).model_,
         "SIM, cardinality": lambda: sim_by_keep(ROBUST).fit(teacher, splits.train.inputs.split(2000)).model_,
     }
@@ -222,6 +223,7 @@ METHODS = (
     "layerwise magnitude",
     "layerwise magnitude, tuned",
     "activation-weighted, refitted",
+    "activation-weighted, refitted, tuned",
     "layerwise Lasso, refitted",
     "SIM, l1",
     "SIM, cardinality",
@@ -253,7 +255,13 @@ def tables(results: dict[str, Result], seeds: Sequence[int], dataset: str) -> st
     lines += ["", f"(b) accuracy in % of {ATTACKED} test images under attack", ""]
     attacks = ["clean", *(f"{kind} {eps}" for kind in ("FGSM", "PGD") for eps in EPS)]
     lines += ["| model | " + " | ".join(attacks) + " |", "|---|" + "---|" * len(attacks)]
-    for method in ("teacher", "global magnitude, tuned", "SIM, l1", "SIM, cardinality"):
+    for method in (
+        "teacher",
+        "global magnitude, tuned",
+        "activation-weighted, refitted",
+        "SIM, l1",
+        "SIM, cardinality",
+    ):
         means = [statistics.mean(over_seeds(f"mlp{{}}/attacked/{method}", key)) for key in attacks]
         lines.append(f"| {method} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
     lines += ["", "(c) test accuracy in % by the number of samples that SIM sees", ""]

@@ -27,7 +27,7 @@ from idl.training import (
     Recipe,
     RunFolder,
     draw_training,
-    fit_classifier,
+    fit_supervised,
     progress_line,
     report_equilibrium,
     save_weights,
@@ -112,7 +112,7 @@ def train(settings: Settings, out: Path, console: Console, fresh: bool = False) 
     folder.start(asdict(settings))
     recipe = Recipe(settings.epochs, settings.batch_size, settings.max_learning_rate, settings.seed)
     with stop_on_interrupt() as should_stop, progress_line(settings.model, console) as show:
-        history = fit_classifier(
+        history = fit_supervised(
             model,
             train_data,
             test_data,
@@ -131,7 +131,7 @@ def train(settings: Settings, out: Path, console: Console, fresh: bool = False) 
     draw_training({settings.model: history.epochs}, folder.path / "training.png")
     folder.finish(metrics)
     checkpoint.unlink(missing_ok=True)
-    accuracy = 100 * history.epochs[-1].test_accuracy
+    accuracy = 100 * history.test_accuracy
     console.print(f"Test accuracy {accuracy:.2f} %; run folder {out}", soft_wrap=True)
     return metrics
 

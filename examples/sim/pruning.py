@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from idl.sim.solvers import Hybrid, RowProblem
-from idl.training import Labelled, Recipe, fit_classifier
+from idl.training import Labelled, Recipe, fit_supervised
 
 RATES = (1e-3, 5e-3, 2e-2)  # of an epoch of fine-tuning
 _BISECTIONS = 12
@@ -72,8 +72,8 @@ def fine_tuned(network: nn.Module, train: Labelled, validation: Labelled, seed: 
     start, tuned = copy.deepcopy(network.state_dict()), []
     for rate in RATES:
         network.load_state_dict(start)
-        history = fit_classifier(network, train, validation, Recipe(1, 128, rate, seed))
-        tuned.append((history.epochs[-1].test_accuracy, copy.deepcopy(network.state_dict())))
+        history = fit_supervised(network, train, validation, Recipe(1, 128, rate, seed))
+        tuned.append((history.test_accuracy, copy.deepcopy(network.state_dict())))
     network.load_state_dict(max(tuned, key=lambda pair: pair[0])[1])
     return network
 

@@ -32,7 +32,7 @@ from idl.training import (
     Recipe,
     RunFolder,
     draw_sparsity,
-    fit_classifier,
+    fit_supervised,
     progress_line,
     save_weights,
     stop_on_interrupt,
@@ -166,7 +166,7 @@ def train_teacher(settings: Settings, splits: Splits, checkpoint: Path, console:
     recipe = Recipe(settings.epochs, settings.batch_size, 5e-3, settings.seed)
     what = {name: getattr(settings, name) for name in ("dataset", "teacher", "training_images")}
     with stop_on_interrupt() as should_stop, progress_line("teacher", console) as show:
-        fit_classifier(
+        fit_supervised(
             teacher,
             splits.train,
             splits.validation,

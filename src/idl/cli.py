@@ -185,11 +185,11 @@ def _train(
     console: "Console",
 ) -> "History":
     """Train one of the two models under a progress bar."""
-    from idl.training import Recipe, fit_classifier, progress_line, stop_on_interrupt
+    from idl.training import Recipe, fit_supervised, progress_line, stop_on_interrupt
 
     recipe = Recipe(settings.epochs, settings.batch_size, settings.max_learning_rate, settings.seed)
     with stop_on_interrupt() as should_stop, progress_line(f"{name} model", console) as show:
-        return fit_classifier(
+        return fit_supervised(
             model,
             train,
             test,
@@ -229,7 +229,7 @@ def _table(histories: "dict[str, History]", parameters: dict[str, int], report: 
     table = Table("", "implicit model", "explicit MLP")
     for column in table.columns[1:]:
         column.justify = "right"
-    accuracies = [f"{100 * history.epochs[-1].test_accuracy:.2f} %" for history in histories.values()]
+    accuracies = [f"{100 * history.test_accuracy:.2f} %" for history in histories.values()]
     table.add_row("test accuracy", *accuracies)
     table.add_row("parameters", *(f"{count:,}" for count in parameters.values()))
     table.add_row("training time", *(f"{history.seconds:.1f} s" for history in histories.values()))

@@ -44,3 +44,10 @@ def test_the_state_of_pyplot_is_left_alone(tmp_path):
 def test_a_number_of_models_without_colours_is_refused(tmp_path, models):
     with pytest.raises(ValueError, match="1 to 4 models"):
         draw_training({str(model): RECORDS for model in range(models)}, tmp_path / "training.png")
+
+
+def test_where_numbers_are_learned_only_the_loss_is_drawn(tmp_path):
+    records = [EpochRecord(1.0 / epoch, None, 1.2 / epoch, None) for epoch in range(1, 9)]
+    draw_training({"implicit": records}, tmp_path / "training.png")
+    content = (tmp_path / "training.png").read_bytes()
+    assert int.from_bytes(content[16:20], "big") == 750

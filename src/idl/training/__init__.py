@@ -7,13 +7,13 @@ The models know nothing of this room, and importing `idl` does not import it. No
 from idl.atomic import write_json
 from idl.training.baseline import ExplicitMLP
 from idl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from idl.training.classifier import EpochRecord, History, Labelled, Progress, Recipe, evaluate, fit_classifier
 from idl.training.diagnostics import EquilibriumReport, picard_residuals, report_equilibrium
 from idl.training.figures import draw_equilibrium, draw_sparsity, draw_tradeoff, draw_training
 from idl.training.interruption import stop_on_interrupt
 from idl.training.progress import progress_line
 from idl.training.runs import RunFolder, save_weights, settings_that_differ
 from idl.training.schedule import OneCycle
+from idl.training.supervised import EpochRecord, History, Labelled, Progress, Recipe, evaluate, fit_supervised
 
 __all__ = [
     "CheckpointError",
@@ -31,7 +31,7 @@ __all__ = [
     "draw_tradeoff",
     "draw_training",
     "evaluate",
-    "fit_classifier",
+    "fit_supervised",
     "load_checkpoint",
     "picard_residuals",
     "progress_line",

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from idl.atomic import write_bytes
-from idl.training.classifier import EpochRecord
+from idl.training.supervised import EpochRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
 def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: Path) -> None:
-    """Draw loss and accuracy over the epochs, one colour per model, to a PNG.
+    """Draw loss and accuracy over the epochs, one colour per model, to a PNG; only the loss where numbers are learned.
 
     Args:
         histories: The records of each model by its name, 1 to 4 models with at least one epoch each.
@@ -37,21 +37,24 @@ def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: Path) ->
     """
     if not 1 <= len(histories) <= len(_COLOURS):
         raise ValueError(f"`histories` must have 1 to {len(_COLOURS)} models; got {len(histories)}.")
-    figure = _figure(9.0, 3.8)
-    loss, accuracy = figure.subplots(1, 2)
+    classes = all(record.test_accuracy is not None for records in histories.values() for record in records)
+    figure = _figure(9.0 if classes else 5.0, 3.8)
+    parts = figure.subplots(1, 2 if classes else 1, squeeze=False)[0]
     for colour, (name, records) in zip(_COLOURS, histories.items(), strict=False):
         epochs = range(1, len(records) + 1)
         marker = "o" if len(records) <= 20 else None
         test = {"color": colour, "linewidth": 1.8, "marker": marker, "markersize": 4}
         train = {"color": colour, "linewidth": 1.2, "linestyle": (0, (4, 2))}  # dashes of 4, gaps of 2 points
-        loss.plot(epochs, [record.train_loss for record in records], **train)
-        loss.plot(epochs, [record.test_loss for record in records], **test)
-        accuracy.plot(epochs, [100 * record.train_accuracy for record in records], label=f"{name}, training", **train)
-        accuracy.plot(epochs, [100 * record.test_accuracy for record in records], label=f"{name}, test", **test)
-    loss.set(xlabel="epoch", ylabel="cross entropy (nats)", yscale="log", title="Loss")
-    accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
-    accuracy.legend(loc="lower right", frameon=False)
-    for axes in (loss, accuracy):
+        for axes, field, scale in zip(parts, ("loss", "accuracy"), (1, 100), strict=False):
+            for part, style, which in (("train", train, "training"), ("test", test, "test")):
+                values = [scale * getattr(record, f"{part}_{field}") for record in records]
+                axes.plot(epochs, values, label=f"{name}, {which}", **style)
+    unit = "cross entropy (nats)" if classes else "mean square error"
+    parts[0].set(xlabel="epoch", ylabel=unit, yscale="log", title="Loss")
+    if classes:
+        parts[1].set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
+    parts[-1].legend(loc="lower right" if classes else "upper right", frameon=False)
+    for axes in parts:
         axes.xaxis.get_major_locator().set_params(integer=True)
         _tidy(axes)
     _save(figure, path)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from idl.training.classifier import Progress
+from idl.training.supervised import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ def progress_line(label: str, console: Console) -> Iterator[Callable[[Progress],
         console: Where to show it.
 
     Yields:
-        A function to call with the progress, as ``on_progress`` of :func:`idl.training.fit_classifier`.
+        A function to call with the progress, as ``on_progress`` of :func:`idl.training.fit_supervised`.
     """
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -40,9 +40,8 @@ def progress_line(label: str, console: Console) -> Iterator[Callable[[Progress],
         task = bar.add_task("", total=None)
 
         def show(progress: Progress) -> None:
-            text = (
-                f"epoch {progress.epoch}/{progress.epochs} loss {progress.loss:.3f} acc {100 * progress.accuracy:.1f} %"
-            )
+            accuracy = "" if progress.accuracy is None else f" acc {100 * progress.accuracy:.1f} %"
+            text = f"epoch {progress.epoch}/{progress.epochs} loss {progress.loss:.3g}{accuracy}"
             bar.update(task, completed=progress.step, total=progress.total_steps, description=text)
 
         yield show

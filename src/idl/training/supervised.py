@@ -1,4 +1,6 @@
-"""Training a classifier, the same way for every model: the loop, its evaluation, its history.
+"""Supervised training, the same way for every model: the loop, its evaluation, its history.
+
+What is to be predicted decides the loss: cross entropy for classes, the mean square of the error for numbers.
 
 Printing, drawing and the choice of data are the caller's.
 """
@@ -26,19 +28,22 @@ _EVALUATION_BATCH = 1000
 
 
 class Labelled(NamedTuple):
-    """Inputs, one per row, and the class of each."""
+    """Inputs, one per row, and what is to be predicted of each: a class, or numbers."""
 
-    inputs: Float[Tensor, "samples p"]
-    labels: Int[Tensor, " samples"]
+    inputs: Float[Tensor, "samples ..."]
+    labels: Int[Tensor, " samples"] | Float[Tensor, "samples q"]
 
 
 class EpochRecord(NamedTuple):
-    """Loss and accuracy of an epoch: on the training data while learning, on the test data at its end."""
+    """Loss and accuracy of an epoch: on the training data while learning, on the test data at its end.
+
+    Only classes have an accuracy; of numbers it is ``None``.
+    """
 
     train_loss: float
-    train_accuracy: float
+    train_accuracy: float | None
     test_loss: float
-    test_accuracy: float
+    test_accuracy: float | None
 
 
 class Progress(NamedTuple):
@@ -49,7 +54,7 @@ class Progress(NamedTuple):
     epoch: int
     epochs: int
     loss: float
-    accuracy: float
+    accuracy: float | None
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,22 @@ class History:
     epochs: tuple[EpochRecord, ...]
     seconds: float
 
+    @property
+    def test_accuracy(self) -> float:
+        """The accuracy on the test data at the end.
+
+        Raises:
+            ValueError: If numbers were predicted, which have none.
+        """
+        accuracy = self.epochs[-1].test_accuracy
+        if accuracy is None:
+            raise ValueError("only classes have an accuracy; read epochs[-1].test_loss.")
+        return accuracy
+
     def to_json(self) -> dict[str, object]:
-        """Return the last test accuracy, the seconds and the record of each epoch, as JSON values."""
+        """Return the last test loss and accuracy, the seconds and the record of each epoch, as JSON values."""
         return {
+            "test_loss": self.epochs[-1].test_loss,
             "test_accuracy": self.epochs[-1].test_accuracy,
             "seconds": self.seconds,
             "epochs": [record._asdict() for record in self.epochs],
@@ -75,7 +93,7 @@ class History:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a classifier is trained: Adam with a one-cycle learning rate on the cross entropy.
+    """How a model is trained: Adam with a one-cycle learning rate.
 
     Args:
         epochs: Passes over the training data, at least 1.
@@ -104,7 +122,7 @@ class Recipe:
             raise ValueError(f"`max_learning_rate` must be positive; got {self.max_learning_rate}.")
 
 
-def fit_classifier(
+def fit_supervised(
     model: nn.Module,
     train: Labelled,
     test: Labelled,
@@ -121,7 +139,7 @@ def fit_classifier(
     state of one that was not, on the same machine with the same number of threads.
 
     Args:
-        model: Maps a batch of inputs to one score per class; already on the device to train on.
+        model: Maps a batch of inputs to one score per class, or to the numbers; already on the device to train on.
         train: Training data, moved to the device of ``model`` once.
         test: Data that each epoch ends with an evaluation on.
         recipe: How to train.
@@ -153,6 +171,7 @@ def fit_classifier(
     step, records, seconds = 0, list[EpochRecord](), 0.0
     loss_sum = torch.zeros((), device=device)
     correct = torch.zeros((), device=device, dtype=torch.int64)
+    classes = not train.labels.is_floating_point()
     if checkpoint is not None and checkpoint.exists():
         position = load_checkpoint(checkpoint, model=model, optimizer=optimizer, settings=all_settings)
         step, seconds = cast(int, position["step"]), cast(float, position["seconds"])
@@ -176,12 +195,13 @@ def fit_classifier(
         now = time.perf_counter()
         if on_progress is not None and (epoch_is_over or now - reported_at > _SECONDS_BETWEEN_REPORTS):
             seen = batch * recipe.batch_size + len(rows)
-            mean_loss, accuracy = loss_sum.item() / seen, correct.item() / seen
+            mean_loss, accuracy = loss_sum.item() / seen, correct.item() / seen if classes else None
             on_progress(Progress(step, total_steps, epoch + 1, recipe.epochs, mean_loss, accuracy))
             reported_at = now
         if epoch_is_over:
             samples = len(train.labels)
-            records.append(EpochRecord(loss_sum.item() / samples, correct.item() / samples, *evaluate(model, test)))
+            accuracy = correct.item() / samples if classes else None
+            records.append(EpochRecord(loss_sum.item() / samples, accuracy, *evaluate(model, test)))
             loss_sum.zero_()
             correct.zero_()
             order = _sample_order(recipe.seed, epoch + 1, samples).to(device)
@@ -199,15 +219,15 @@ def fit_classifier(
     return History(tuple(records), seconds)
 
 
-def evaluate(model: nn.Module, data: Labelled) -> tuple[float, float]:
-    """Return the mean cross entropy and the accuracy of ``model`` on ``data``, without gradients.
+def evaluate(model: nn.Module, data: Labelled) -> tuple[float, float | None]:
+    """Return the mean loss and the accuracy of ``model`` on ``data``, without gradients.
 
     Args:
-        model: Classifier; evaluated in ``eval()`` mode and left in the mode it was in.
+        model: Evaluated in ``eval()`` mode and left in the mode it was in.
         data: At least one sample, on the device of ``model``.
 
     Returns:
-        Loss, and accuracy in [0, 1].
+        Loss, and accuracy in [0, 1], which only classes have.
     """
     was_training = model.training
     model.eval()
@@ -216,10 +236,26 @@ def evaluate(model: nn.Module, data: Labelled) -> tuple[float, float]:
         for start in range(0, len(data.labels), _EVALUATION_BATCH):
             labels = data.labels[start : start + _EVALUATION_BATCH]
             scores = model(data.inputs[start : start + _EVALUATION_BATCH])
-            loss_sum += nn.functional.cross_entropy(scores, labels, reduction="sum").item()
-            correct += int((scores.argmax(1) == labels).sum())
+            loss_sum += _loss(scores, labels).item() * len(labels)
+            correct += int(_hits(scores, labels))
     model.train(was_training)
-    return loss_sum / len(data.labels), correct / len(data.labels)
+    accuracy = None if data.labels.is_floating_point() else correct / len(data.labels)
+    return loss_sum / len(data.labels), accuracy
+
+
+def _loss(outputs: Tensor, labels: Tensor) -> Float[Tensor, ""]:
+    if not labels.is_floating_point():
+        return nn.functional.cross_entropy(outputs, labels)
+    if outputs.shape != labels.shape:  # which the mean square would broadcast
+        raise ValueError(f"`model` must return numbers of shape {tuple(labels.shape)}; got {tuple(outputs.shape)}.")
+    return nn.functional.mse_loss(outputs, labels)
+
+
+def _hits(outputs: Tensor, labels: Tensor) -> Int[Tensor, ""]:
+    """Return how many classes are right; 0 for numbers."""
+    if labels.is_floating_point():
+        return torch.zeros((), dtype=torch.int64, device=labels.device)
+    return (outputs.argmax(1) == labels).sum()
 
 
 def _train_step(
@@ -227,8 +263,8 @@ def _train_step(
     optimizer: torch.optim.Adam,
     schedule: OneCycle,
     step: int,
-    inputs: Float[Tensor, "batch p"],
-    labels: Int[Tensor, " batch"],
+    inputs: Tensor,
+    labels: Tensor,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Take one optimizer step; return the batch's mean loss and its number of right answers."""
     for group in optimizer.param_groups:
@@ -236,10 +272,10 @@ def _train_step(
         group["betas"] = (schedule.momentum(step), group["betas"][1])
     optimizer.zero_grad()
     scores = model(inputs)
-    loss = nn.functional.cross_entropy(scores, labels)
+    loss = _loss(scores, labels)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return loss.detach(), (scores.detach().argmax(1) == labels).sum()
+    return loss.detach(), _hits(scores.detach(), labels)
 
 
 def _sample_order(seed: int, epoch: int, samples: int) -> Int[Tensor, " samples"]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from idl.training import CheckpointError, ExplicitMLP, Labelled, Recipe, evaluate, fit_classifier
+from idl.training import CheckpointError, ExplicitMLP, Labelled, Recipe, evaluate, fit_supervised
 from idl.training.checkpoint import load_checkpoint
 
 RECIPE = Recipe(epochs=3, batch_size=16, max_learning_rate=1e-2, seed=0)
@@ -31,7 +31,7 @@ def stop_after(steps):
 
 
 def fit(network, checkpoint=None, recipe=RECIPE, **options):
-    return fit_classifier(network, data(), data(30, seed=1), recipe, checkpoint=checkpoint, **options)
+    return fit_supervised(network, data(), data(30, seed=1), recipe, checkpoint=checkpoint, **options)
 
 
 def everything_in(checkpoint, recipe=RECIPE):
@@ -124,4 +124,45 @@ def test_a_recipe_or_data_out_of_range_is_refused():
     with pytest.raises(ValueError, match="`epochs` must be at least 1"):
         replace(RECIPE, epochs=0)
     with pytest.raises(ValueError, match="needs samples"):
-        fit_classifier(model(), data(0), data(), RECIPE)
+        fit_supervised(model(), data(0), data(), RECIPE)
+
+
+# --- numbers instead of classes -------------------------------------------------------------------------------------
+
+
+def numbers(samples=50, seed=0):
+    """Sequences and their sum."""
+    inputs = torch.rand(samples, 6, 1, generator=torch.Generator().manual_seed(seed))
+    return Labelled(inputs, inputs.sum(1))
+
+
+def test_numbers_are_learned_by_the_mean_square_of_the_error_and_have_no_accuracy(tmp_path):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 1))
+    recipe, test, seen = replace(RECIPE, epochs=60, max_learning_rate=0.3), numbers(30, seed=1), []
+    history = fit_supervised(network, numbers(), test, recipe, on_progress=seen.append)
+    loss = (network(test.inputs) - test.labels).square().mean().item()
+    assert history.epochs[-1].test_loss == pytest.approx(loss, rel=1e-5)
+    assert history.epochs[-1].test_loss < 1e-2 < history.epochs[0].test_loss
+    assert {(record.train_accuracy, record.test_accuracy) for record in history.epochs} == {(None, None)}
+    assert seen[-1].accuracy is None and history.to_json()["test_accuracy"] is None
+    with pytest.raises(ValueError, match="only classes have an accuracy"):
+        history.test_accuracy  # noqa: B018
+
+
+def test_learning_numbers_resumes_to_the_same_history(tmp_path):
+    def run(path, **options):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 1))
+        return fit_supervised(network, numbers(), numbers(30, seed=1), RECIPE, checkpoint=tmp_path / path, **options)
+
+    whole = run("whole.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        run("parts.safetensors", should_stop=stop_after(5))
+    assert run("parts.safetensors").epochs == whole.epochs
+
+
+def test_numbers_of_another_shape_are_refused_and_not_broadcast():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 3))
+    with pytest.raises(ValueError, match=r"must return numbers of shape \(16, 1\); got \(16, 3\)"):
+        fit_supervised(network, numbers(), numbers(30, seed=1), RECIPE)

@@ -12,6 +12,7 @@ ROOT = Path(idl.__file__).parent
 BELOW = {
     # room: the rooms of idl that its files may import, besides their own
     "errors": "",
+    "atomic": "",
     "checks": "errors",
     "transforms": "",
     "activations": "errors checks",
@@ -23,16 +24,16 @@ BELOW = {
     "equilibrium": "errors checks transforms activations linalg solvers maps differentiation",
     "functions": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed",
     "nn": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed functions",
-    "sim": "errors checks activations linalg functions nn",
-    "data": "errors",
-    "training": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed "
+    "sim": "errors atomic checks activations linalg functions nn",
+    "data": "errors checks",
+    "training": "errors atomic checks transforms activations linalg solvers maps differentiation equilibrium wellposed "
     "functions nn data",
 }
 EVERYTHING = {"__init__", "__main__", "cli"}
 """The front doors: they may import every room, and no room may import them."""
 
 LIBRARY = [room for room in BELOW if room not in ("data", "training")]
-FOUNDATION = {"torch", "jaxtyping", "numpy"}
+FOUNDATION = {"torch", "jaxtyping", "numpy", "safetensors"}
 """What `pip install implicit-deep-learning` brings, as far as the library itself needs it."""
 
 EXTRAS = {"sim/solvers/cvx.py": {"cvxpy"}}
@@ -135,7 +136,7 @@ def test_a_room_does_not_know_another_even_through_a_third(room, unknown):
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if room_of(module_of(file)) in LIBRARY])
-def test_the_library_needs_torch_numpy_and_jaxtyping_only(file):
+def test_the_library_needs_torch_numpy_jaxtyping_and_safetensors_only(file):
     import sys
 
     foreign = {name.split(".")[0] for _, name in imports(file)} - FOUNDATION - {"idl"} - set(sys.stdlib_module_names)

@@ -312,6 +312,90 @@ def test_new_parameters_are_drawn_on_the_same_support():
         assert not torch.equal(getattr(model, name), getattr(dense, name))
 
 
+# --- low rank -------------------------------------------------------------------------------------------------------
+
+
+def low_rank(**options):
+    return sparse(**{"low_rank": True, "rank": 3, "density": 0.3, **options})
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+@pytest.mark.parametrize("options", [{}, {"bias": True, "direct": False}, {"dtype": torch.float64}], ids=repr)
+def test_a_model_of_low_rank_is_the_dense_one_with_the_supports_of_its_factors(options, scale, eager_to_compress):
+    model, dense = low_rank(scale=scale, density=0.04, **options)
+    u = inputs(6, 40, dtype=options.get("dtype", torch.float32))
+    for name in ("L", "R", "B", "C"):
+        assert torch.equal(model.support(name), getattr(dense, name) != 0)
+    with pytest.raises(ValueError, match=r"`name` must be .*'L'"):
+        model.support("A")
+    torch.testing.assert_close(model.state_matrix(), dense.state_matrix(), rtol=0, atol=0)
+    assert float(model.state_matrix().detach().abs().sum(1).max()) <= 0.99
+    torch.testing.assert_close(model(u), dense(u), rtol=1e-5, atol=1e-5 * scale)
+    with torch.no_grad():
+        torch.testing.assert_close(model(u), dense(u), rtol=1e-5, atol=2e-5 * scale)
+    A, B, C, _ = in_use(model)
+    assert isinstance(A, tuple) and B.layout == C.layout == torch.sparse_csr
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_factors_keep_their_zeros_while_they_train(bias, eager_to_compress):
+    model, dense = low_rank(bias=bias)
+    u = inputs(32, 40)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=1e-2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(u) - 1).square().mean().backward()
+        optimizer.step()
+    for name in ("L", "R", "B", "C", "D"):
+        assert torch.equal(getattr(model, name) != 0, getattr(dense, name) != 0)
+        assert not torch.equal(getattr(model, name), getattr(dense, name))
+    with torch.no_grad():
+        torch.testing.assert_close(model(u), model.to_dense()(u), rtol=1e-5, atol=2e-5)
+        model.reset_parameters()
+    for name in ("L", "R", "B", "C", "D"):
+        assert not bool(getattr(model, name)[getattr(dense, name) == 0].any())
+
+
+def test_what_is_written_outside_the_support_of_a_factor_takes_no_part(eager_to_compress):
+    model, dense = low_rank()
+    u = inputs(6, 40)
+    with torch.no_grad():
+        for name in ("L", "R"):
+            getattr(model, name).add_(~model.support(name))
+        torch.testing.assert_close(model(u), dense(u), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(u), dense(u), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.state_matrix(), dense.state_matrix(), rtol=0, atol=0)
+
+
+def test_a_change_of_a_factor_is_seen(eager_to_compress):
+    model, dense = low_rank(scale=0.3)
+    u = inputs(6, 40)
+    with torch.no_grad():
+        model(u)
+        for each in (model, dense):
+            each.R.mul_(0.5)
+        torch.testing.assert_close(model(u), dense(u), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_of_low_rank_is_saved_loaded_and_copied():
+    (model, dense), (other, _) = low_rank(bias=True), low_rank(bias=True, seed=5, density=0.6)
+    assert list(model.state_dict()) == list(dense.state_dict()) == ["L", "R", "B", "C", "D", "bias"]
+    other.load_state_dict(model.state_dict())
+    u = inputs(6, 40)
+    for again in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again.support("R"), model.support("R"))
+        torch.testing.assert_close(again(u), model(u), rtol=0, atol=0)
+    back = model.to_dense()
+    assert type(back) is ImplicitModel and back.rank == 3
+    torch.testing.assert_close(back(u), model(u), rtol=0, atol=0)
+    back(u).square().sum().backward()
+    assert bool(back.R.grad[~model.support("R")].any())
+    counts = {name: int(getattr(dense, name).count_nonzero()) for name in "LRBCD"}
+    text = repr(model)
+    assert "rank=3" in text
+    assert "weights: " + ", ".join(f"{name} {count}" for name, count in counts.items()) in text
+
+
 # --- moving, saving, copying ----------------------------------------------------------------------------------------
 
 
@@ -394,11 +478,6 @@ def test_repr_counts_what_is_kept():
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
-
-
-def test_low_rank_is_refused():
-    with pytest.raises(ValueError, match=r"`model` must have full rank; got rank=2"):
-        SparseImplicitModel(ImplicitModel(4, 3, 2, low_rank=True, rank=2))
 
 
 def test_the_name_of_a_matrix_must_be_one():

@@ -28,10 +28,10 @@ class SparseImplicitModel(ImplicitModel):
     until a parameter changes; a change through ``parameter.data`` is not seen.
 
     Args:
-        model: Model of full rank; it is copied.
+        model: Model, which is copied. Of low rank it keeps the zeros of its factors ``L`` and ``R``.
 
     Raises:
-        TypeError, ValueError: If ``model`` is no implicit model, or has low rank.
+        TypeError: If ``model`` is no implicit model.
 
     Example:
         >>> dense = ImplicitModel(4, 3, 2)
@@ -43,8 +43,6 @@ class SparseImplicitModel(ImplicitModel):
 
     def __init__(self, model: ImplicitModel) -> None:
         checks.instance("model", model, ImplicitModel, "Build an ImplicitModel first.")
-        if model.rank is not None:
-            raise ValueError(f"`model` must have full rank; got rank={model.rank}, whose A has no zeros to keep.")
         settings = _settings(model)
         with torch.device("meta"):  # draws no random numbers
             super().__init__(**settings)
@@ -53,7 +51,7 @@ class SparseImplicitModel(ImplicitModel):
         self._keep_support()
 
     def support(self, name: str) -> Bool[Tensor, "rows columns"]:
-        """Return which entries of the matrix ``"A"``, ``"B"``, ``"C"`` or ``"D"`` are there."""
+        """Return which entries of the matrix ``"A"`` (or ``"L"`` or ``"R"``), ``"B"``, ``"C"`` or ``"D"`` are there."""
         support: Tensor = getattr(self, _buffer(checks.one_of("name", name, tuple(self._dense_matrices()))))
         return support
 
@@ -86,13 +84,13 @@ class SparseImplicitModel(ImplicitModel):
             self.register_buffer(_buffer(name), matrix.detach() != 0, persistent=False)
 
     def _dense_matrices(self) -> dict[str, Tensor]:
-        return {name: matrix for name in "ABCD" if (matrix := getattr(self, name)) is not None}
+        return {name: matrix for name in _matrix_names(self) if (matrix := getattr(self, name)) is not None}
 
     def _matrices(self) -> tuple[StateParameters, Tensor, Tensor, Tensor | None]:
         matrices = self._dense_matrices()
         if not _for_inference(matrices):
             masked = self._masked(matrices)
-            return masked["A"], masked["B"], masked["C"], masked.get("D")
+            return _of_states(masked), masked["B"], masked["C"], masked.get("D")
         now = _state_of(matrices)
         if self._compressed is None or self._compressed.made_of != now:
             self._compressed = self._compress(matrices, now)
@@ -103,16 +101,17 @@ class SparseImplicitModel(ImplicitModel):
         on = self._masked(matrices)
         B, C, D = (compressed(m) if m is not None and compression_pays(m) else m for m in map(on.get, "BCD"))
         assert B is not None and C is not None
-        A: StateParameters = on["A"]
-        if compression_pays(on["A"]) and self.f.activation.derivative is not None:  # else autograd has to see A
-            admitted = self.f.state_matrix(on["A"])
+        A: StateParameters = _of_states(on)
+        # Without a derivative autograd has to see A.
+        if self.rank is None and compression_pays(on["A"]) and self.f.activation.derivative is not None:
+            admitted = self.f.state_matrix(A)
             if type(admitted) is Dense:  # a triangular matrix has a substitution of its own
                 A = Sparse(compressed(admitted.matrix))
         return _Compressed(made_of, A, B, C, D)
 
     @property
     def _state_parameters(self) -> StateParameters:
-        return self.A * self.support("A")
+        return _of_states(self._masked(self._dense_matrices()))
 
     def _masked(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: matrix * self.support(name) for name, matrix in matrices.items()}
@@ -147,6 +146,15 @@ def _state_of(matrices: Mapping[str, Tensor]) -> _State:
     return tuple((m.data_ptr(), m._version, m.dtype, m.device) for m in matrices.values())
 
 
+def _matrix_names(model: ImplicitModel) -> str:
+    return "ABCD" if model.rank is None else "LRBCD"
+
+
+def _of_states(matrices: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    """Return ``A``, or its factors."""
+    return matrices["A"] if "A" in matrices else (matrices["L"], matrices["R"])
+
+
 def _buffer(name: str) -> str:
     return f"_{name}_support"
 
@@ -154,11 +162,12 @@ def _buffer(name: str) -> str:
 def _settings(model: ImplicitModel) -> dict[str, Any]:
     """Return arguments that build a model of the same shape, with a function of its own."""
     sizes = {name: getattr(model, name) for name in ("hidden_dim", "input_dim", "output_dim")}
-    return {**sizes, "f": copy.deepcopy(model.f), "bias": model.bias is not None, "direct": model.D is not None}
+    rank = {"low_rank": model.rank is not None, "rank": model.rank}
+    return {**sizes, **rank, "f": copy.deepcopy(model.f), "bias": model.bias is not None, "direct": model.D is not None}
 
 
 def _copy_parameters(source: ImplicitModel, target: _Model) -> _Model:
-    for name in (*"ABCD", "bias"):
+    for name in (*_matrix_names(source), "bias"):
         if (parameter := getattr(source, name)) is not None:
             setattr(target, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
     return target.train(source.training)

@@ -11,7 +11,7 @@ from idl.sim.solvers.base import RowSolution
 
 @dataclass(frozen=True)
 class WeightsKept:
-    """Non-zero weights of the model, and the number of weights of its teacher."""
+    """Non-zero weights of the model, those of L and R as A's, and the number of weights of its teacher."""
 
     A: int
     B: int
@@ -45,6 +45,8 @@ class Certificate:
             second moments on the training inputs; 1 is agreement.
         rescaling: How the teacher's states were rescaled before.
         samples: Number of samples seen.
+        rank: Number of columns of ``L`` and ``R`` if ``A = L R^T``, whose row sums are then bounded by those of
+            ``|L| |R|^T``. Rows are of ``[L B]`` and optima given ``R``; that ``R`` is the best is not proved.
     """
 
     states: RowSolution
@@ -56,6 +58,7 @@ class Certificate:
     explained: Float[Tensor, " q"]
     rescaling: str
     samples: int
+    rank: int | None = None
 
     @property
     def feasible(self) -> bool:
@@ -93,9 +96,16 @@ class Certificate:
                 " on its support\nthe supports are not proved to be the best: the l1 relaxation goes "
                 f"{100 * (1 - bound_on_it / penalised) if penalised else 0:.0f} % lower"
             )
+        if self.states.unexplained is not None and self.outputs.unexplained is not None:
+            left = torch.cat((self.states.unexplained, self.outputs.unexplained))
+            which = f"\nmatched exactly: rounding leaves {float(left.max()):.0e} of a row's energy"
+        A = "|A|"
+        if self.rank is not None:
+            A = "|L| |R|^T"
+            which += f"\ngiven R of rank {self.rank}, which is not proved to be the best"
         return (
             f"{len(gaps)} rows, relative gap at most {float(gaps.max()):.1e} (asked {self.tol:g}){which}{open_rows}\n"
-            f"max row sum of |A| {float(self.row_sums.max()):.6f} {bound}\n"
+            f"max row sum of {A} {float(self.row_sums.max()):.6f} {bound}\n"
             f"weights kept: A {kept.A}, B {kept.B}, C {kept.C}, D {kept.D}: {kept.total} of the teacher's "
             f"{kept.teacher} ({100 * kept.fraction:.1f} %)\n"
             f"outputs explained: {100 * float(self.explained.mean()):.2f} % on {self.samples} samples"

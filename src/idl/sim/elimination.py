@@ -29,7 +29,7 @@ class Elimination:
         self._free, self._kept = free.nonzero()[:, 0], (~free).nonzero()[:, 0]
         rows, h = whole.gram[self._free], whole.correlations
         # Columns Q of the basis: Q^T G_00 Q = 1 and Q Q^T is the pseudo-inverse.
-        self._basis = _whitening(rows[:, self._free])
+        self._basis = whitening(rows[:, self._free])
         self._shared = rows[:, self._kept].T @ self._basis
         self._targets = h[:, self._free] @ self._basis
         gram = whole.gram[self._kept][:, self._kept]
@@ -43,6 +43,10 @@ class Elimination:
             correlations=torch.where(contained, 0, correlations),
             energies=(whole.energies - self._targets.square().sum(1)).clamp_min(0),
             penalty=whole.penalty[self._kept],
+            ridge=None if whole.ridge is None else whole.ridge[self._kept],
+            # Of columns and targets that the free ones explain rounding is left, of what they were.
+            column_energies=whole.measured_columns[self._kept],
+            target_energies=whole.measured_targets,
         )
 
     def restricted(self, W: Float[Tensor, "rows d"]) -> Float[Tensor, "rows k"]:
@@ -57,7 +61,7 @@ class Elimination:
         return whole
 
 
-def _whitening(gram: Tensor) -> Tensor:
+def whitening(gram: Tensor) -> Tensor:
     """Return ``Q`` with ``Q^T gram Q = 1`` and as many columns as ``gram`` has rank."""
     unit = gram.diagonal().clamp_min(0).rsqrt().nan_to_num(posinf=0)  # so that what is rounding has one meaning
     eigenvalues, vectors = torch.linalg.eigh(unit[:, None] * gram * unit)

@@ -9,16 +9,18 @@ from torch import Tensor
 
 from idl.functions import ImplicitFunction, ImplicitFunctionInf, ImplicitFunctionTriu
 from idl.nn import ImplicitModel, SparseImplicitModel
-from idl.sim import rescaling
+from idl.sim import low_rank, rescaling
 from idl.sim.certificate import Certificate, WeightsKept
 from idl.sim.moments import Moments, accumulate
 from idl.sim.problem import RowProblem
 from idl.sim.recording import Recorded, check_same_inputs, recordings
 from idl.sim.solvers.base import AbstractRowSolver, RowSolution
 from idl.sim.solvers.debias import debias
+from idl.sim.solvers.exact import NotMatchedError
 
 Rescaling = Literal["unit_variance", "layerwise", "closed_form"]
 _ROUNDING = 1e-6  # by which stored row sums stay below kappa, so that float32 sums do too
+_HEADROOM = 0.01  # by which row sums of a rescaled teacher stay below kappa where it is matched exactly
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Settings:
     refit: bool | Literal["layers"]
     column_weights: tuple[float, ...] | None
     knee: float
+    rank: int | None
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,13 @@ def fit_model(
         states,
         outputs,
         settings.solver.tol,
-        model.A.detach().double().abs().sum(1),
+        fitting.row_sums(),
         settings.kappa,
         fitting.weights_kept(),
         explained,
         fitting.rescaling,
         recorded.moments.samples,
+        settings.rank,
     )
     return SparseImplicitModel(model), certificate
 
@@ -73,6 +77,8 @@ class _Fitting:
         self.recorded, self.loader, self.settings = recorded, loader, settings
         self.scale, self.rescaling = _scale(recorded, settings)
         self.n, self.p = recorded.states, recorded.inputs
+        if settings.rank is not None and settings.rank > self.n:
+            raise ValueError(f"`rank` must be at most {self.n}, the number of states; got {settings.rank}.")
         self.penalty = self._penalty()
         # The bound on row sums: kappa, or less for an activation whose slope exceeds 1.
         self.radius = settings.kappa / max(1.0, recorded.teacher.activation.lipschitz or 1.0)
@@ -84,25 +90,32 @@ class _Fitting:
         self.taught = recorded.moments.scaled(
             torch.cat((self.scale, ones(self.p))), torch.cat((self.scale, ones(outputs)))
         )
-        problems = [self._problem(self.taught.part(b.reads, b.rows), self._inside(b)) for b in self.blocks]
-        problems.append(self._problem(self.taught.part(slice(None), slice(self.n, None)), 0))
         constants = outputs if recorded.biased else 0
+        self.R: Tensor | None = None
+        self.start: Tensor | None = None
+        if settings.rank is not None:
+            self.R, self.start = self._directions(settings.rank)
+            constants += int(self.R.count_nonzero())
+        problems = [self._problem(self._first_look(b), self._inside(b)) for b in self.blocks]
+        problems.append(self._problem(self.taught.part(slice(None), slice(self.n, None)), 0))
         self.solvers = settings.solver.planned(problems, recorded.teacher.weights, constants)
 
     def state_rows(self, start: Tensor | None) -> RowSolution:
         """Solve for the rows of A and B and put them into the model."""
         model, energies = self.model, self.scale
-        W = energies.new_zeros(self.n, self.n + self.p)
+        start = start if self.R is None else self.start  # rows of other directions are no start for these
+        W = energies.new_zeros(self.n, (self.settings.rank or self.n) + self.p)
         objective, bound, support_gap = (torch.zeros_like(energies) for _ in range(3))
+        unexplained = torch.zeros_like(energies)
         steps, proved = 0, True
         for i, block in enumerate(self.blocks):
             rows, inside = block.rows, self._inside(block)
-            moments = self.taught.part(block.reads, rows) if i == 0 else self._second_look(block)
+            moments = self._first_look(block) if i == 0 else self._second_look(block)
             near = None if start is None else start[rows, block.reads]
-            solution, best = self._solved(self.solvers[i], moments, inside, near)
+            solution, best = self._solved(self.solvers[i], moments, inside, near, rows.start)
             with torch.no_grad():
-                a = _within(best[:, :inside], self.radius) if self.settings.solver.keeps_ball else best[:, :inside]
-                model.A[rows, block.reads.start : self.n], model.B[rows] = a.to(model.A), best[:, inside:].to(model.B)
+                self._put_states(block, best[:, :inside])
+                model.B[rows] = best[:, inside:].to(model.B)
                 if model.bias is not None:
                     model.bias[rows] = (moments.mean_T - best @ moments.mean_S).to(model.bias)
             W[rows, block.reads] = solution.W
@@ -112,14 +125,31 @@ class _Fitting:
                 proved = False
             else:
                 support_gap[rows] = solution.support_gap
-        return RowSolution(W, objective, bound, steps, support_gap if proved else None)
+            if solution.unexplained is not None:
+                unexplained[rows] = solution.unexplained
+        exact = self.settings.solver.exact
+        return RowSolution(W, objective, bound, steps, support_gap if proved else None, unexplained if exact else None)
+
+    def _put_states(self, block: _Block, a: Tensor) -> None:
+        """Put the rows of A into the model, or those of L and what they read, just inside the ball as stored."""
+        model, keeps_ball = self.model, self.settings.solver.keeps_ball
+        if self.R is None:
+            a = _within(a, a.abs().sum(1, keepdim=True), self.radius) if keeps_ball else a
+            model.A[block.rows, block.reads.start : self.n] = a.to(model.A)
+            return
+        R = torch.where(a.any(0), self.R, 0)
+        a = _within(a, a.abs() @ R.abs().sum(0)[:, None], self.radius) if keeps_ball else a
+        model.L[: self.n], model.R[: self.n] = a.to(model.L), R.to(model.R)
 
     def output_rows(self, start: Tensor | None) -> tuple[RowSolution, Tensor]:
         """Solve for C and D; return the rows' solution and the part of the outputs that the model explains."""
         model, n = self.model, self.n
         equilibrium = self._second_look(None)
-        moments = equilibrium if self.settings.refit else self.taught.part(slice(None), slice(n, None))
-        solution, W = self._solved(self.solvers[-1], moments, 0, start)
+        # States that are matched exactly are the teacher's, which the equilibrium's differ from by its tolerance.
+        exact, refit = self.settings.solver.exact, self.settings.refit
+        own = refit == "layers" if exact else bool(refit)
+        moments = equilibrium if own else self.taught.part(slice(None), slice(n, None))
+        solution, W = self._solved(self.solvers[-1], moments, 0, start, n)
         D = model.get_parameter("D")
         constant = torch.zeros_like(moments.mean_T)
         with torch.no_grad():
@@ -133,9 +163,17 @@ class _Fitting:
     def weights_kept(self) -> WeightsKept:
         """Count the non-zeros, those that carry the biases of the outputs included."""
         model = self.model
-        matrices = (model.A, model.B, model.C, model.get_parameter("D"))
-        A, B, C, D = (int(matrix.count_nonzero()) for matrix in matrices)
+        of_states = (model.A,) if model.rank is None else (model.L, model.R)
+        A = sum(int(matrix.count_nonzero()) for matrix in of_states)
+        B, C, D = (int(matrix.count_nonzero()) for matrix in (model.B, model.C, model.get_parameter("D")))
         return WeightsKept(A, B, C, D, self.recorded.teacher.weights)
+
+    def row_sums(self) -> Tensor:
+        r"""Return :math:`\sum_j |A_{ij}|` as stored, of low rank the bound on it by :math:`|L| |R|^T`, in float64."""
+        with torch.no_grad():
+            if self.model.rank is None:
+                return self.model.A.double().abs().sum(1)
+            return self.model.L.double().abs() @ self.model.R.double().abs().sum(0)
 
     def _penalty(self) -> Tensor:
         """Return ``lam`` times the factor of each column."""
@@ -146,6 +184,11 @@ class _Fitting:
             raise ValueError(
                 f"`column_weights` must have one factor for each of {self.n} states and {self.p} inputs, {columns} in "
                 f"all; got {len(weights)}."
+            )
+        if self.settings.rank is not None and len(set(weights[: self.n])) > 1:
+            raise ValueError(
+                f"`column_weights` must have the same factor for all {self.n} states with a `rank`, whose directions "
+                f"mix them; got factors from {min(weights[: self.n]):g} to {max(weights[: self.n]):g}."
             )
         return self.settings.lam * self.scale.new_tensor(weights)
 
@@ -161,8 +204,24 @@ class _Fitting:
         return blocks
 
     def _inside(self, block: _Block) -> int:
-        """Return how many of the columns that a block reads are states, and inside the ball."""
-        return self.n - int(block.reads.start)
+        """Return how many of the regressors of a block are states or directions of them, and inside the ball."""
+        return self.n - int(block.reads.start) if self.R is None else self.R.shape[1]
+
+    def _directions(self, rank: int) -> tuple[Tensor, Tensor | None]:
+        """Return ``R``, in numbers that the model stores exactly, and rows of ``[L B]`` to start from."""
+        moments = self.taught.part(slice(None), slice(0, self.n))
+        moments = moments.centred() if self.recorded.biased else moments
+        if self.settings.solver.keeps_ball:
+            found = low_rank.search(moments, self.n, rank, self._penalised)
+            R, start = found.R, found.W
+        else:  # without penalty and ball the best is known
+            R, start = low_rank.regression_directions(moments, self.n, rank), None
+        return R.to(self.model.B.dtype).double(), start
+
+    def _first_look(self, block: _Block) -> Moments:
+        """Return the moments of the teacher's states that the rows of a block are fitted to."""
+        moments = self.taught.part(block.reads, block.rows)
+        return moments if self.R is None else low_rank.reduced(moments, self.R)
 
     def _second_look(self, block: _Block | None) -> Moments:
         """Pass over the loader for the moments of the model's own states; ``None`` means the rows of the outputs."""
@@ -184,28 +243,56 @@ class _Fitting:
 
     def _problem(self, moments: Moments, ball: int) -> RowProblem:
         """Return the problem of least squares with the penalty."""
-        moments = moments.centred() if self.recorded.biased else moments
+        raw, moments = moments, moments.centred() if self.recorded.biased else moments
         penalty = self.settings.l1_ratio * self.penalty[-len(moments.mean_S) :]  # rows read the last columns
-        return RowProblem(moments.gram, moments.cross, moments.energies, penalty, ball, self.radius, self.settings.knee)
+        # Of rows that are matched nothing is to be taken back when they are stored.
+        radius = self.radius * (1 - _ROUNDING) if self.settings.solver.exact else self.radius
+        measured = {"column_energies": raw.gram.diagonal(), "target_energies": raw.energies}
+        return RowProblem(
+            moments.gram,
+            moments.cross,
+            moments.energies,
+            penalty,
+            ball,
+            radius,
+            self.settings.knee,
+            **(measured if self.recorded.biased else {}),
+        )
+
+    def _penalised(self, moments: Moments, ball: int) -> RowProblem:
+        """Return the same with the ridge."""
+        problem, ratio = self._problem(moments, ball), self.settings.l1_ratio
+        return problem if ratio == 1 else replace(problem, ridge=(1 - ratio) / ratio * problem.penalty)
 
     def _solved(
-        self, solver: AbstractRowSolver, moments: Moments, ball: int, start: Tensor | None
+        self, solver: AbstractRowSolver, moments: Moments, ball: int, start: Tensor | None, first: int
     ) -> tuple[RowSolution, Tensor]:
-        """Return the rows' solution, and their weights after debiasing."""
-        settings, least_squares = self.settings, self._problem(moments, ball)
-        problem = least_squares
-        if settings.l1_ratio < 1:
-            ridge = (1 - settings.l1_ratio) / settings.l1_ratio * problem.penalty
-            problem = replace(problem, gram=problem.gram + ridge.diag())
-        solution = solver.solve(problem, start)
-        if settings.debias and solver.keeps_ball and (solver.shrinks or settings.l1_ratio < 1):
-            return solution, debias(least_squares, solution.W).W
+        """Return the rows' solution, and their weights after debiasing; ``first`` is the first target's index."""
+        settings = self.settings
+        try:
+            solution = solver.solve(self._penalised(moments, ball), start)
+        except NotMatchedError as error:
+            raise NotMatchedError(error.row, error.reason, self._name(first + error.row)) from None
+        shrunk = solver.shrinks or (settings.l1_ratio < 1 and not solver.exact)
+        if settings.debias and solver.keeps_ball and shrunk:
+            return solution, debias(self._problem(moments, ball), solution.W).W
         return solution, solution.W
+
+    def _name(self, target: int) -> str:
+        """Return what a person calls the target of this index: a unit of a layer, or an output."""
+        start = 0
+        for layer in self.recorded.teacher.layers[::-1]:
+            if target < start + layer.units:
+                return f"state {target}, unit {target - start} of layer {layer.name!r},"
+            start += layer.units
+        return f"output {target - self.n}"
 
 
 def _scale(recorded: Recorded, settings: Settings) -> tuple[Tensor, str]:
     """Return the factor of each state, and how it was chosen."""
     A, energies = recorded.matrices.A, recorded.state_moments.energies
+    # Rounding of the states changes the weights that match them, where these are nearly not determined.
+    kappa = settings.kappa * (1 - _HEADROOM) if settings.solver.exact else settings.kappa
     sizes = [layer.units for layer in recorded.teacher.layers[::-1]]
     subset = len(recorded.teacher.layers) < len(recorded.teacher.all_layers)
     if not settings.rescale or recorded.teacher.activation.name not in rescaling.HOMOGENEOUS:
@@ -214,10 +301,10 @@ def _scale(recorded: Recorded, settings: Settings) -> tuple[Tensor, str]:
         A = torch.zeros(len(energies), len(energies), dtype=A.dtype)
     A = A.to(energies)
     if settings.rescale == "layerwise":
-        return rescaling.layerwise(A, sizes, settings.kappa), "layerwise"
+        return rescaling.layerwise(A, sizes, kappa), "layerwise"
     if settings.rescale == "closed_form":
-        return rescaling.closed_form(A, settings.kappa), "closed_form"
-    return rescaling.unit_variance(A, sizes, energies, settings.kappa), "unit_variance"
+        return rescaling.closed_form(A, kappa), "closed_form"
+    return rescaling.unit_variance(A, sizes, energies, kappa), "unit_variance"
 
 
 def empty_model(recorded: Recorded, settings: Settings) -> ImplicitModel:
@@ -232,7 +319,8 @@ def empty_model(recorded: Recorded, settings: Settings) -> ImplicitModel:
         f = ImplicitFunction(activation=activation)
     with torch.random.fork_rng(devices=[]):  # its initial parameters are not used, nor is what they draw
         outputs = len(recorded.output_moments.energies)
-        model = ImplicitModel(n + int(recorded.biased), recorded.inputs, outputs, f=f, bias=recorded.biased)
+        sizes, rank = (n + int(recorded.biased), recorded.inputs, outputs), settings.rank
+        model = ImplicitModel(*sizes, low_rank=rank is not None, rank=rank, f=f, bias=recorded.biased)
     dtype = torch.float64 if recorded.teacher.dtype == torch.float64 else torch.float32
     model.to(device=recorded.moments.gram.device, dtype=dtype)
     with torch.no_grad():
@@ -245,13 +333,14 @@ def empty_model(recorded: Recorded, settings: Settings) -> ImplicitModel:
 
 def _states(model: ImplicitModel, u: Tensor) -> Tensor:
     with torch.no_grad():
-        x: Tensor = model.f(model.A, model.B, u.flatten(1).to(model.A), bias=model.bias)
+        A = model.A if model.rank is None else (model.L, model.R)
+        x: Tensor = model.f(A, model.B, u.flatten(1).to(model.B), bias=model.bias)
     return x
 
 
-def _within(A: Tensor, kappa: float) -> Tensor:
+def _within(A: Tensor, sums: Tensor, kappa: float) -> Tensor:
     """Return ``A`` with rows that rounding to float32 might take over ``kappa`` shrunk by a few units."""
-    sums, most = A.abs().sum(1, keepdim=True), kappa * (1 - _ROUNDING)
+    most = kappa * (1 - _ROUNDING)
     return torch.where(sums > most, A * (most / sums), A)
 
 

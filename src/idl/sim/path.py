@@ -49,6 +49,8 @@ def lambda_path(
     unfitted = [SIM(lam=lam, **settings) for lam in sorted(lams, reverse=True)]
     if not unfitted:
         return
+    if len(unfitted) > 1 and unfitted[0].exact:
+        raise ValueError("`lams` must be a single one with exact=True, whose weights do not depend on it.")
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     recorded, near = record(teacher, loader, settings.get("layers")), None
@@ -112,6 +114,7 @@ def _read(path: Path, sim: SIM, recorded: Recorded) -> SIM:
             tensors["explained"],
             metadata["rescaling"],
             int(metadata["samples"]),
+            sim.rank,
         ),
     )
     return sim

@@ -32,6 +32,10 @@ class RowProblem:
         ball: Number of leading columns inside the ball; 0 for no ball.
         radius: ``kappa``.
         knee: ``k > 0``; infinite for a penalty that is :math:`|w_j|` throughout.
+        column_energies, target_energies: Mean squares that rounding is measured by, where columns and targets were
+            larger before their means were taken off; those of ``G`` and ``e`` if ``None``.
+        ridge: ``r >= 0`` of :math:`\tfrac12 \sum_j r_j w_j^2`, 0 if ``None``. Where targets need not be matched exactly
+            solvers add it to ``G``.
     """
 
     gram: Float[Tensor, "d d"]
@@ -41,17 +45,32 @@ class RowProblem:
     ball: int
     radius: float
     knee: float = math.inf
+    ridge: Float[Tensor, " d"] | None = None
+    column_energies: Float[Tensor, " d"] | None = None
+    target_energies: Float[Tensor, " rows"] | None = None
 
     @property
     def free(self) -> Bool[Tensor, " d"]:
         """Which columns are outside the ball and without a penalty."""
-        free = self.penalty == 0
+        free = self.penalty == 0 if self.ridge is None else (self.penalty == 0) & (self.ridge == 0)
         free[: self.ball] = False
         return free
 
+    @property
+    def measured_columns(self) -> Float[Tensor, " d"]:
+        """The mean square of each column that rounding is measured by."""
+        return self.gram.diagonal() if self.column_energies is None else self.column_energies
+
+    @property
+    def measured_targets(self) -> Float[Tensor, " rows"]:
+        """The mean square of each target that rounding is measured by."""
+        return self.energies if self.target_energies is None else self.target_energies
+
     def take(self, rows: Tensor) -> "RowProblem":
         """Return the problem of these rows."""
-        return replace(self, correlations=self.correlations[rows], energies=self.energies[rows])
+        targets = None if self.target_energies is None else self.target_energies[rows]
+        correlations, energies = self.correlations[rows], self.energies[rows]
+        return replace(self, correlations=correlations, energies=energies, target_energies=targets)
 
     def residual_correlations(self, W: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
         """Return ``h - G w``: the correlation of each column with what is not yet explained, minus the gradient."""
@@ -59,8 +78,13 @@ class RowProblem:
 
     def objective(self, W: Float[Tensor, "rows d"], q: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
         """Return the objective of each row; ``q`` is ``residual_correlations(W)``."""
+        return 0.5 * self._unexplained(W, q) + self.cost(W)
+
+    def cost(self, W: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
+        """Return the penalty of each row, with the ridge if there is one."""
         sizes = W.abs() if self.knee == math.inf else reverse_huber.value(W.abs(), self.knee)
-        return 0.5 * self._unexplained(W, q) + sizes @ self.penalty
+        cost = sizes @ self.penalty
+        return cost if self.ridge is None else cost + 0.5 * (W.square() @ self.ridge)
 
     def slopes(self, W: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
         """Return the derivative of the penalty by the size of each entry; at 0 that to its right."""

@@ -17,6 +17,7 @@ from idl.sim.fitting import Rescaling, Settings, fit_model
 from idl.sim.recording import Recorded, record
 from idl.sim.solvers.base import AbstractRowSolver
 from idl.sim.solvers.cardinality import Cardinality
+from idl.sim.solvers.exact import ExactMatching
 from idl.sim.solvers.hybrid import Hybrid
 
 _TRIALS, _CLOSE, _SAME = 20, 0.9, 1.05  # of a search for lam: most fits, when it is close, when two lam are one
@@ -45,18 +46,32 @@ class SIM:
             does so for every layer: they are fitted one after the other, each on what those before it really give, so
             that errors do not add up. ``A`` is then strictly block triangular and its equilibrium a substitution. The
             loader is passed over once more for each layer but the first.
+        exact: Whether to reproduce the teacher instead, and spend as little penalty as that takes:
+
+            .. math:: \min_{a, b} |a|_1 + |b|_1 \quad \text{s.t.} \quad z = Xa + Ub, \quad |a|_1 \le \kappa
+
+            or with the penalty that is chosen; ``lam`` does not change it. Many solutions exist, and sparse ones, where
+            there are fewer samples than states and inputs or these depend on each other; elsewhere the one solution is
+            the teacher. Nothing is left to ``debias`` or, but for ``"layers"``, to ``refit``. Needs the extra ``cvx``.
         column_weights: Factors of the penalty, one for each column of ``[X U]``: the states, those of the last layer
             first, then the inputs. 0 leaves a weight unpenalised. ``None`` means 1 for all.
         knee: Size of a weight from which on its penalty is quadratic, :math:`(w^2 + k^2) / (2k)`: the reverse Huber
             penalty, which shrinks large weights less evenly and is the convex relaxation of a number of weights.
         layers: Names of the activations that become states; all if ``None``.
+        rank: Number of columns of ``L`` and ``R`` in :math:`A = LR^T`, from 1 to the number of states; ``None`` for a
+            full ``A``. The bound is then on the row sums of :math:`|L| |R|^T`. Given ``R`` the rows of ``[L B]`` are
+            convex, penalised and certified as ever; ``R`` is a local optimum of the same penalised objective, whatever
+            the solver, and not certified. It is found from the second moments by alternation, ``O(d^3)`` once and at
+            most 40 times the rows of ``rank`` and the inputs' columns; with ``solver=LeastSquares()`` the whole is
+            reduced-rank regression, and ``R`` the best. ``column_weights`` must then be the same for all states.
 
     Attributes:
         model_: The implicit model, after :meth:`fit`; its zeros stay zero while it is trained further.
         certificate_: Objective and duality gap of each row, feasibility, weights kept.
 
     Raises:
-        TypeError, ValueError: If an argument is out of range.
+        TypeError, ValueError: If an argument is out of range, ``exact`` meets another solver than
+            :class:`~idl.sim.solvers.ExactMatching`, or ``rank`` meets ``exact`` or ``refit="layers"``.
 
     Example:
         >>> teacher = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -77,13 +92,22 @@ class SIM:
         rescale: bool | Rescaling = True,
         debias: bool = True,
         refit: bool | Literal["layers"] = True,
+        exact: bool = False,
         *,
         column_weights: Sequence[float] | Tensor | None = None,
         knee: float = math.inf,
         layers: Sequence[str] | None = None,
+        rank: int | None = None,
     ) -> None:
-        solver = Hybrid() if solver is None else solver
+        if solver is None:
+            solver = ExactMatching() if exact else Hybrid()
         self.solver = checks.instance("solver", solver, AbstractRowSolver, "Try idl.sim.solvers.Hybrid().")
+        if exact and not self.solver.exact:
+            raise ValueError(
+                f"`exact` needs a solver that matches exactly; got {solver!r}. Leave `solver` out, or try "
+                "idl.sim.solvers.ExactMatching()."
+            )
+        self.exact = self.solver.exact
         self.kappa = checks.in_open_unit("kappa", kappa)
         self.lam = checks.positive("lam", lam)
         self.l1_ratio = checks.in_half_open_unit("l1_ratio", l1_ratio)
@@ -94,6 +118,17 @@ class SIM:
         self.rescale, self.debias, self.refit, self.layers = rescale, debias, refit, layers
         self.column_weights = None if column_weights is None else _checked_weights(column_weights)
         self.knee = knee if knee == math.inf else checks.positive("knee", knee)
+        self.rank = None if rank is None else checks.positive_integer("rank", rank)
+        if rank is not None and refit == "layers":
+            raise ValueError(
+                f"`rank` must be None with refit='layers', whose triangular A has no low-rank form; got {rank}. Try "
+                "refit=True."
+            )
+        if rank is not None and self.exact:
+            raise ValueError(
+                f"`rank` must be None where the teacher is matched exactly, for which few directions are not enough; "
+                f"got {rank}. Try exact=False."
+            )
 
     def fit(self, teacher: nn.Module, loader: Iterable[Any], *, target_sparsity: float | None = None) -> "SIM":
         """Fit :attr:`model_` to a teacher on the inputs of a loader, which is passed over twice, or see ``refit``.
@@ -111,12 +146,19 @@ class SIM:
 
         Raises:
             CaptureError: If an operation of the teacher has no place in an implicit model.
-            ValueError: If the loader is empty, changes shapes, or a state is not finite.
+            ValueError: If the loader is empty, changes shapes, or a state is not finite; if a state or an output
+                cannot be matched although :attr:`exact` asks for it.
+            ImportError: If ``exact`` misses the extra ``cvx``.
         """
         if target_sparsity is not None and isinstance(self.solver, Cardinality):
             raise ValueError(
                 "`target_sparsity` searches lam, on which the weights that Cardinality keeps do not depend; "
                 f"give it Cardinality(keep={1 - target_sparsity:g})."
+            )
+        if target_sparsity is not None and self.exact:
+            raise ValueError(
+                "`target_sparsity` searches lam, on which weights that match exactly do not depend; "
+                "leave it out, or try exact=False."
             )
         recorded = record(teacher, loader, self.layers)
         if target_sparsity is None:
@@ -170,7 +212,7 @@ class SIM:
         """Return the outputs of :attr:`model_` for inputs, without a gradient."""
         model = self._fitted()
         with torch.no_grad():
-            flat = checks.floating_tensor("u", u).to(model.A)
+            flat = checks.floating_tensor("u", u).to(model.B)
             prediction: Tensor = model(flat.flatten(1) if flat.dim() > 1 else flat)
         return prediction
 

@@ -7,6 +7,7 @@ from idl.sim.solvers.cardinality import Cardinality
 from idl.sim.solvers.consensus import ConsensusADMM
 from idl.sim.solvers.coordinate import CoordinateDescent
 from idl.sim.solvers.cvx import CVX
+from idl.sim.solvers.exact import ExactMatching
 from idl.sim.solvers.gradient import AcceleratedGradient
 from idl.sim.solvers.hybrid import Hybrid
 from idl.sim.solvers.least_squares import LeastSquares
@@ -19,6 +20,7 @@ __all__ = [
     "Cardinality",
     "ConsensusADMM",
     "CoordinateDescent",
+    "ExactMatching",
     "Hybrid",
     "LeastSquares",
     "RowProblem",

@@ -25,6 +25,8 @@ class RowSolution:
         steps: Passes over the rows that were spent.
         support_gap: Where the problem is not convex, the relative gap of each row to the optimum on its support;
             ``objective`` and ``bound`` are then those of the convex relaxation.
+        unexplained: Where targets are matched exactly, the part of each one's energy that rounding leaves;
+            ``objective`` and ``bound`` are then those of the penalty alone.
     """
 
     W: Float[Tensor, "rows d"]
@@ -32,6 +34,7 @@ class RowSolution:
     bound: Float[Tensor, " rows"]
     steps: int
     support_gap: Float[Tensor, " rows"] | None = None
+    unexplained: Float[Tensor, " rows"] | None = None
 
     @property
     def gap(self) -> Float[Tensor, " rows"]:
@@ -65,6 +68,9 @@ class AbstractRowSolver(ABC):
     shrinks: ClassVar[bool] = True
     """Whether its weights are smaller than those of least squares on their support."""
 
+    exact: ClassVar[bool] = False
+    """Whether its weights reproduce the targets, for as little penalty as that takes; others trade them for it."""
+
     def __post_init__(self) -> None:
         checks.non_negative("tol", self.tol)
         checks.positive_integer("max_steps", self.max_steps)
@@ -88,6 +94,8 @@ class AbstractRowSolver(ABC):
             problem: The rows.
             start: A point from which to begin, ``(rows, d)``: the solution of a problem like this one.
         """
+        if problem.ridge is not None and not self.exact:
+            problem = replace(problem, gram=problem.gram + problem.ridge.diag(), ridge=None)
         if not bool(problem.free.any()):
             return self._solve(problem, start)
         elimination = Elimination(problem)

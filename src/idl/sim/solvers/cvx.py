@@ -46,7 +46,7 @@ class _Program:
     """The convex program of one row, compiled once: only the correlations change."""
 
     def __init__(self, problem: RowProblem, root: Tensor, max_steps: int) -> None:
-        self.cp = _cvxpy()
+        self.cp = cvxpy_or_advice("CVX")
         cp, d = self.cp, len(problem.penalty)
         self.w, self.h = cp.Variable(d), cp.Parameter(d)
         fit = 0.5 * cp.sum_squares(root.cpu().numpy() @ self.w) - self.h @ self.w
@@ -65,16 +65,17 @@ class _Program:
 
 
 def _penalty(problem: RowProblem, w: Any) -> Any:
-    cp, weights = _cvxpy(), problem.penalty.cpu().numpy()
+    cp, weights = cvxpy_or_advice("CVX"), problem.penalty.cpu().numpy()
     cost = cp.norm1(cp.multiply(weights, w))
     if problem.knee < math.inf:
         cost += weights @ cp.square(cp.pos(cp.abs(w) - problem.knee)) / (2 * problem.knee)
     return cost
 
 
-def _cvxpy() -> Any:
+def cvxpy_or_advice(solver: str) -> Any:
+    """Return the module cvxpy, which is an extra, or say how ``solver`` gets it."""
     try:
         import cvxpy
     except ImportError as error:
-        raise ImportError("the solver CVX needs cvxpy; pip install 'implicit-deep-learning[cvx]'.") from error
+        raise ImportError(f"the solver {solver} needs cvxpy; pip install 'implicit-deep-learning[cvx]'.") from error
     return cvxpy

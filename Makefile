@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-sim install clean
+.PHONY: help demo test lint bench bench-sim bench-rnn install clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ bench: $(BENCH_STAMP)  ## measure speed and accuracy beside two public libraries
 
 bench-sim: $(BENCH_STAMP)  ## measure SIM's row solver beside others
 	$(BENCH_VENV)/bin/python benchmarks/sim.py $(ARGS)
+
+bench-rnn: $(BENCH_STAMP)  ## measure ImplicitRNN beside torchidl's, nn.GRU and nn.RNN
+	$(BENCH_VENV)/bin/python benchmarks/implicit_rnn.py $(ARGS)
 
 install: $(STAMP)  ## make the environment .venv and nothing else
 

@@ -20,10 +20,14 @@ BELOW = {
     "solvers": "errors checks activations linalg",
     "wellposed": "errors checks transforms activations linalg",
     "maps": "errors checks transforms activations linalg solvers.base",
-    "differentiation": "errors checks transforms activations linalg solvers maps",
+    "recurrence": "errors checks transforms activations linalg solvers maps",
+    "differentiation": "errors checks transforms activations linalg solvers maps recurrence",
     "equilibrium": "errors checks transforms activations linalg solvers maps differentiation",
-    "functions": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed",
-    "nn": "errors checks transforms activations linalg solvers maps differentiation equilibrium wellposed functions",
+    "sequence": "errors checks transforms activations linalg solvers maps recurrence differentiation equilibrium",
+    "functions": "errors checks transforms activations linalg solvers maps recurrence differentiation equilibrium "
+    "sequence wellposed",
+    "nn": "errors checks transforms activations linalg solvers maps recurrence differentiation equilibrium sequence "
+    "wellposed functions",
     "sim": "errors atomic checks activations linalg functions nn",
     "data": "errors checks",
     "training": "errors atomic checks transforms activations linalg solvers maps differentiation equilibrium wellposed "

@@ -5,7 +5,7 @@ from idl.differentiation import ImplicitAdjoint, PhantomAdjoint, UnrolledAdjoint
 from idl.equilibrium import equilibrium, fixed_point
 from idl.errors import ConvergenceError, ConvergenceWarning
 from idl.functions import ImplicitFunction, ImplicitFunctionInf, ImplicitFunctionTriu
-from idl.nn import ImplicitModel
+from idl.nn import ImplicitModel, ImplicitRNN, ImplicitRNNCell
 from idl.sim import SIM
 from idl.solvers import Adaptive, Anderson, BackSubstitution, Newton, Picard, Solution
 from idl.wellposed import Free, InfNorm, InfNormProjection, StrictlyTriangular
@@ -26,6 +26,8 @@ __all__ = [
     "ImplicitFunctionInf",
     "ImplicitFunctionTriu",
     "ImplicitModel",
+    "ImplicitRNN",
+    "ImplicitRNNCell",
     "InfNorm",
     "InfNormProjection",
     "Newton",

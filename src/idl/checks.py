@@ -63,6 +63,13 @@ def in_half_open_unit(name: str, value: object) -> float:
     return number
 
 
+def boolean(name: str, value: object) -> bool:
+    """Return ``value`` if it is ``True`` or ``False``."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False; got {value!r}.")
+    return value
+
+
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
     """Return ``value`` if it is one of the strings ``choices``."""
     if not isinstance(value, str) or value not in choices:

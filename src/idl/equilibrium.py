@@ -151,7 +151,7 @@ def _fixed_point(
     # The run that found what f reads is the first step.
     first = layout.pack(image).detach()
     x, steps, converged = adjoint.fixed_point(parametric, solver, first, parameters, report)
-    residual = _measured_residual(parametric, parameters, x)
+    residual = measured_residual(parametric, parameters, x)
     residual, steps, converged = (layout.a_number_each(part) for part in (residual, steps, converged))
     return Solution(layout.unpack(x), residual, steps, converged)
 
@@ -207,7 +207,7 @@ class Attempt(NamedTuple):
                 u, B, bias = self.inputs
                 Z = linear(to_precise(u), to_precise(B), None if bias is None else to_precise(bias))
                 parameters = (Z.reshape(rows.shape), *parameters[1:])
-        residual = _measured_residual(self.parametric, parameters, rows)
+        residual = measured_residual(self.parametric, parameters, rows)
         bound = None if kappa is None or not affine else (residual / (1 - kappa)).reshape(batch)
         return Solution(
             self.x, residual.reshape(batch), self.steps.reshape(batch), self.converged.reshape(batch), bound
@@ -237,25 +237,38 @@ def attempt(
         rows = rows.reshape(-1, rows.shape[-1])
     tensors = [t.to(precision) for t in state_matrix.tensors]
     start = None if x0 is None else x0.to(precision).expand(Z.shape).reshape(rows.shape)
-    parametric: ParametricMap
-    parameters: Parameters
-    learned = [] if phi in activations.BY_NAME.values() else _learned(phi, rows.to(u.dtype))
-    if phi.derivative is not None and not any(tensor.requires_grad for tensor in learned):
-        parametric, parameters = AffineMap(type(state_matrix), phi), (rows, *tensors)
-    else:  # autograd has to see all of phi: its derivative, or what it has learned
-        triangular = isinstance(state_matrix, StrictlyUpper)
-        parametric = GeneralMap(
-            _composed(type(state_matrix), phi, len(tensors), learned), state_matrix.dim if triangular else None
-        )
-        parameters = (rows, *tensors, *(t.to(precision) if t.is_floating_point() else t for t in learned))
-        start = torch.zeros_like(rows) if start is None else start
-    report = FailureReport(on_failure, lambda: _advice(state_matrix))
+    parametric, rest = parametric_map(state_matrix, tensors, phi, rows.to(u.dtype))
+    parameters = (rows, *rest)
+    if isinstance(parametric, GeneralMap) and start is None:
+        start = torch.zeros_like(rows)
+    report = FailureReport(on_failure, lambda: advice(state_matrix))
     with without_autocast(Z.device):
         x, steps, converged = adjoint.fixed_point(parametric, solver, start, parameters, report)
     result = x.to(dtype)
     if Z.dim() != 2:
         result = result.reshape(Z.shape)
     return Attempt(result, x, steps, converged, parametric, parameters, (u, B, bias))
+
+
+def parametric_map(
+    state_matrix: StateMatrix, tensors: list[Tensor], phi: Activation, z: Tensor
+) -> tuple[ParametricMap, Parameters]:
+    """Return the map ``phi(x A^T + Z)``, and its parameters after ``Z``.
+
+    Args:
+        state_matrix: The state matrix.
+        tensors: Its tensors, in the precision of the solve.
+        phi: The activation.
+        z: Pre-activations of some samples, in the dtype of the input, to see what ``phi`` reads.
+    """
+    learned = [] if phi in activations.BY_NAME.values() else _learned(phi, z)
+    kind, dtype = type(state_matrix), tensors[0].dtype
+    if phi.derivative is not None and not any(tensor.requires_grad for tensor in learned):
+        return AffineMap(kind, phi), tuple(tensors)
+    # Autograd has to see all of phi: its derivative, or what it has learned.
+    nilpotent = state_matrix.dim if isinstance(state_matrix, StrictlyUpper) else None
+    learned_in_precision = (t.to(dtype) if t.is_floating_point() else t for t in learned)
+    return GeneralMap(_composed(kind, phi, len(tensors), learned), nilpotent), (*tensors, *learned_in_precision)
 
 
 def _learned(phi: Activation, z: Tensor) -> list[Tensor]:
@@ -277,7 +290,8 @@ def _composed(kind: type[StateMatrix], phi: Activation, count: int, captured: li
     return function
 
 
-def _measured_residual(parametric: ParametricMap, parameters: Parameters, x: Tensor) -> Tensor:
+def measured_residual(parametric: ParametricMap, parameters: Parameters, x: Tensor) -> Tensor:
+    """Return ``|f(x) - x|`` of each row, largest entry, as exact as the map can evaluate it."""
     x = x.detach()
     with torch.no_grad():
         value, _ = parametric.at(tuple(p.detach() for p in parameters)).linearise(x)
@@ -332,7 +346,8 @@ def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
     return all(size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(target), strict=False))
 
 
-def _advice(state_matrix: StateMatrix) -> str:
+def advice(state_matrix: StateMatrix) -> str:
+    """Return what is known of why a solve with this matrix did not converge, and what to try."""
     norm = float(inf_norm(state_matrix.detached()))
     contracts = "so the map contracts, but slowly" if norm < 1 else "so the map need not contract"
     constrain = "Lower kappa" if norm < 1 else "Constrain A with ImplicitFunctionInf (||A||_inf <= kappa < 1)"

@@ -11,6 +11,8 @@ from idl.differentiation.base import AbstractAdjoint, OnFailure
 from idl.differentiation.implicit import ImplicitAdjoint
 from idl.equilibrium import Attempt, attempt, check_tensors, eagerly
 from idl.linalg.operators import StateMatrix
+from idl.recurrence.timeline import Timeline
+from idl.sequence import Trajectory, solve_sequence
 from idl.solvers.adaptive import Adaptive
 from idl.solvers.base import AbstractFixedPointSolver, Solution
 from idl.solvers.substitution import BackSubstitution
@@ -107,8 +109,50 @@ class ImplicitFunction:
         self, A: StateParameters, B: Tensor, u: Tensor, *, bias: Tensor | None = None, x0: Tensor | None = None
     ) -> Solution:
         """Return the equilibrium as :meth:`__call__` does, with its residual, steps, convergence and error bound."""
-        kappa = None if self.activation.lipschitz is None else self.constraint.contraction
-        return eagerly(lambda: self._attempt(A, B, u, bias, x0).measured(kappa))
+        return eagerly(lambda: self._attempt(A, B, u, bias, x0).measured(self.contraction))
+
+    @property
+    def contraction(self) -> float | None:
+        """A proved factor below 1 by which the map contracts in the max norm; ``None`` if none is proved."""
+        return None if self.activation.lipschitz is None else self.constraint.contraction
+
+    def sequence(
+        self,
+        A: StateParameters,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        u: Tensor,
+        h0: Tensor,
+        timeline: Timeline,
+        *,
+        bias: Tensor | None = None,
+    ) -> Trajectory:
+        r"""Return :math:`x_t = \phi(Ax_t + B[u_t; h_{t-1}] + b)`, :math:`h_t = Cx_t + D[u_t; h_{t-1}]` for all times.
+
+        Args:
+            A: Free parameter of the state matrix.
+            B: Input matrix, ``(n, p + h)``.
+            C: Output matrix, ``(h, n)``.
+            D: Direct matrix, ``(h, p + h)``; ``None`` for zero.
+            u: Inputs, one row a row of ``timeline``.
+            h0: What the first times read, one row a sequence.
+            timeline: Which rows belong to which time.
+            bias: Constant of the pre-activation, ``(n,)``.
+
+        Raises:
+            TypeError, ValueError: If dtypes or devices disagree.
+            ConvergenceError: If a state did not converge and ``on_failure="raise"``.
+        """
+        check_tensors(_first(A), B, u, bias, None)
+        found = eagerly(
+            lambda: solve_sequence(
+                self._admitted(A),
+                *(B, C, D, u, h0, timeline, bias),
+                *(self.activation, self.solver, self.adjoint, self.on_failure),
+            )
+        )
+        return found._replace(dtype=torch.promote_types(_first(A).dtype, u.dtype))
 
     def __repr__(self) -> str:
         parts = (self.activation, self.constraint, self.solver, self.adjoint)

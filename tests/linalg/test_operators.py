@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from idl.linalg.operators import Dense, Factored, StrictlyLower, StrictlyUpper, to_precise
+from problems import random
 
 
 def _dense(n, generator):
@@ -214,3 +215,22 @@ def test_a_direct_solve_is_offered_up_to_a_size_and_right_beyond(size, generator
     v = operator.solve(slope, rhs)
     close(v - slope * operator.apply(v), rhs)
     assert operator.can_solve == (size == 1024)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 5])
+def test_inverted_systems_of_low_rank_solve_as_the_systems_do(rank):
+    A = Factored(random(7, rank, seed=1) / 4, random(7, rank, seed=2) / 4)
+    slope, rhs = torch.sigmoid(random(5, 7, seed=3)), random(5, 7, seed=4)
+    solved = A.solve_by(A.inverses(slope), slope, rhs)
+    torch.testing.assert_close(solved, A.solve(slope, rhs), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(solved - slope * A.apply(solved), rhs, rtol=1e-12, atol=1e-12)
+    assert A.inverses_are_cheap == (rank <= 4)
+
+
+@pytest.mark.parametrize("n", [1, 64, 65])
+def test_the_quickest_operator_is_the_same_one(n):
+    x = random(3, n, seed=0)
+    for A in (Dense(random(n, n, seed=1)), Factored(random(n, 1, seed=1), random(n, 1, seed=2))):
+        torch.testing.assert_close(A.quickest().apply(x), A.apply(x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(A.quickest().apply_into(x, torch.empty_like(x)), A.apply(x), rtol=1e-12, atol=1e-12)
+    assert isinstance(A.quickest(), Dense) == (n <= 64)

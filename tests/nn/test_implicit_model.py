@@ -422,6 +422,11 @@ def test_autocast_runs_and_agrees(options):
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
+def test_the_forward_mode_jacobian_of_a_single_sample_is_that_of_the_reverse_mode():
+    model, u = small(activation=torch.sin, tol=1e-13, grad_tol=1e-13), inputs(1, 12)
+    torch.testing.assert_close(torch.func.jacfwd(model)(u), torch.func.jacrev(model)(u), rtol=1e-9, atol=1e-9)
+
+
 # --- the implicit function ------------------------------------------------------------------------------------------
 
 

@@ -208,6 +208,8 @@ def test_the_objective_never_rises_and_is_that_of_the_rows_found(rank, lam):
     found = low_rank.search(moments, 7, rank, functools.partial(penalised, lam=lam))
     values = found.objectives
     assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(values))
+    gains = [1 - after / before for before, after in itertools.pairwise(values)]
+    assert len(values) < 40 and gains[-1] <= 1e-3 * (1 + 1e-9) and all(gain > 0.999e-3 for gain in gains[:-1])
     L, B = found.W[:, :rank], found.W[:, rank:]
     residual = T - X @ found.R @ L.T - U @ B.T
     cost = 0.5 * residual.square().mean(0).sum() + lam * found.W.abs().sum()

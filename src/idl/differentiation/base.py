@@ -42,8 +42,8 @@ class FailureReport:
         size = f"residual up to {float(finite.max()):.1e}" if len(finite) else "no finite value"
         lost = int((~result.x.isfinite()).any(1).sum())
         message = (
-            f"{type(solver).__name__} stopped after {int(result.steps.max())} steps: {int(failed.sum())} of "
-            f"{len(failed)} samples of the {subject} have not converged; {size} > atol={solver.atol:g}"
+            f"{type(solver).__name__} stopped after {int(result.steps.max())} steps: {self._counted(failed)} of the "
+            f"{subject} have not converged; {size} > atol={solver.atol:g}"
             + (f", rtol={solver.rtol:g}" if solver.rtol else "")
             + (f"; {lost} of them are NaN (is the input finite?)" if lost else "")
             + "."
@@ -52,6 +52,10 @@ class FailureReport:
         if self.on_failure == "raise":
             raise ConvergenceError(message)
         warnings.warn(message, ConvergenceWarning, stacklevel=2)
+
+    def _counted(self, failed: Tensor) -> str:
+        """Return how many of the rows failed, in words."""
+        return f"{int(failed.sum())} of {len(failed)} samples"
 
 
 class AbstractAdjoint(ABC):

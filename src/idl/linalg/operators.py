@@ -102,6 +102,10 @@ class Dense:
         """Return ``A``."""
         return self.matrix
 
+    def quickest(self) -> "StateMatrix":
+        """Return an equal operator whose products take the least time, for many of them."""
+        return type(self)(self.matrix.T.contiguous().T)
+
 
 @dataclass(frozen=True)
 class StrictlyUpper(Dense):
@@ -152,6 +156,10 @@ class Sparse(Dense):
     def _rows(self) -> Tensor:
         starts = self.matrix.crow_indices()
         return torch.arange(self.dim, device=starts.device).repeat_interleave(starts.diff())
+
+    def quickest(self) -> "Sparse":
+        """Return the operator as it is."""
+        return self
 
     def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
         """Solve ``v - slope * (v A^T) = rhs`` for each row by LU."""
@@ -214,11 +222,28 @@ class Factored:
 
     def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
         """Solve ``v - slope * (v A^T) = rhs`` by the Woodbury identity: an ``r x r`` system and ``O(n r^2)`` a row."""
+        s, _ = torch.linalg.solve_ex(self._small(slope), (rhs @ self.right)[:, :, None])
+        return rhs + slope * (s[:, :, 0] @ self.left.T)
+
+    @property
+    def inverses_are_cheap(self) -> bool:
+        """Whether :meth:`inverses` take no longer than a few products: torch has a fast way for very small systems."""
+        return self.left.shape[1] <= 4
+
+    def inverses(self, slope: Tensor) -> Tensor:
+        """Return what :meth:`solve_by` needs to solve for these slopes, ``(rows, r, r)``."""
+        return torch.linalg.inv_ex(self._small(slope))[0].transpose(1, 2)
+
+    def solve_by(self, inverses: Tensor, slope: Tensor, rhs: Tensor, out: Tensor | None = None) -> Tensor:
+        """Solve as :meth:`solve` does, with systems that are inverted already."""
+        s = torch.bmm((rhs @ self.right)[:, None], inverses)[:, 0]
+        return torch.addcmul(rhs, slope, s @ self.left.T, out=out)
+
+    def _small(self, slope: Tensor) -> Tensor:
         n, r = self.left.shape
         outer = (self.right[:, :, None] * self.left[:, None, :]).reshape(n, r * r)
-        small = torch.eye(r, dtype=rhs.dtype, device=rhs.device) - (slope @ outer).reshape(-1, r, r)
-        s, _ = torch.linalg.solve_ex(small, (rhs @ self.right)[:, :, None])
-        return rhs + slope * (s[:, :, 0] @ self.left.T)
+        eye = torch.eye(r, dtype=slope.dtype, device=slope.device)
+        return eye - (slope @ outer).reshape(-1, r, r)
 
     @cached_property
     def precise(self) -> "Factored":
@@ -232,6 +257,10 @@ class Factored:
     def dense(self) -> Tensor:
         """Return ``A``, multiplied out."""
         return self.left @ self.right.T
+
+    def quickest(self) -> "StateMatrix":
+        """Return an equal operator whose products take the least time, for many of them."""
+        return Dense(self.dense()).quickest() if self.dim <= 64 else self
 
 
 StateMatrix = Dense | Factored

@@ -151,7 +151,7 @@ def _fold_rows(
 
 
 @dataclass(eq=False)
-class _MatrixProblem(Problem):
+class MatrixProblem(Problem):
     """What :class:`AffineMap` and :class:`SlopedMap` have in common for a solver: a state matrix acts on each row."""
 
     state_matrix: StateMatrix
@@ -159,61 +159,72 @@ class _MatrixProblem(Problem):
     newton_is_cheap = True
 
     def burst(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """Apply ``f`` ``steps`` times; see :class:`Problem`, also for what follows."""
         differences, last = x.new_empty((2, *x.shape)), torch.empty_like(x)
         older, previous = differences.unbind()
-        slots = (older, previous, last)  # in turn, so that the last three iterates end in this order
         start = x
-        for place in range(-steps, 0):
-            x = self._apply_into(x, slots[place % 3])
+        self.run_into(x, steps, (older, previous, last))
         torch.sub(previous, start if steps == 2 else older, out=older)
         torch.sub(last, previous, out=previous)
-        return last, self._reduced(differences.abs_())
+        return last, self.reduced(differences.abs_())
+
+    def run_into(self, x: Tensor, steps: int, slots: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Apply ``f`` ``steps`` times, writing into ``slots`` in turn so that the last iterate ends in the last one."""
+        for place in range(-steps, 0):
+            x = self.apply_into(x, slots[place % 3])
+        return x
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._apply_into(x, torch.empty_like(x))
+        """Return ``f(x)``."""
+        return self.apply_into(x, torch.empty_like(x))
 
     def norm(self, x: Tensor) -> Tensor:
-        return self._reduced(x.abs())
+        """Return the norm of each row."""
+        return self.reduced(x.abs())
 
     @abstractmethod
-    def _reduced(self, sizes: Tensor) -> Tensor:
+    def reduced(self, sizes: Tensor) -> Tensor:
         """Return the norm over the last dimension of what has these absolute values."""
 
     @abstractmethod
-    def _apply_into(self, x: Tensor, out: Tensor) -> Tensor:
+    def start_into(self, out: Tensor) -> Tensor:
+        """Write ``f(0)`` into ``out``."""
+
+    @abstractmethod
+    def apply_into(self, x: Tensor, out: Tensor) -> Tensor:
         """Write ``f(x)`` into ``out``."""
 
     def product(self, slope: Tensor, v: Tensor) -> Tensor:
+        """Return ``J v``."""
         return slope * self.state_matrix.apply(v)
-
-    def _self_fed(self) -> tuple[Dense, Tensor] | None:
-        """Return ``A`` and its diagonal if some unit feeds itself so much that it is worth being solved for."""
-        if not isinstance(self.state_matrix, Dense) or not self.state_matrix.dim:
-            return None
-        own = self.state_matrix.diagonal()
-        return (self.state_matrix, own) if _SELF_FED < float(own.max()) < 1 else None
 
     @property
     def can_solve(self) -> bool:
+        """Whether the matrix can solve."""
         return self.state_matrix.can_solve
 
     @property
     def solve_is_cheap(self) -> bool:
+        """Whether the matrix solves cheaply."""
         return self.state_matrix.solve_is_cheap
 
     def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
+        """Solve ``v - J v = rhs``."""
         return self.state_matrix.solve(slope, rhs)
 
 
 @dataclass(eq=False)
-class _AffineProblem(_MatrixProblem):
+class _AffineProblem(MatrixProblem):
     """:class:`AffineMap` at its parameters."""
 
     Z: Tensor
     activation: Activation
 
-    def _apply_into(self, x: Tensor, out: Tensor) -> Tensor:
+    def apply_into(self, x: Tensor, out: Tensor) -> Tensor:
         return self.activation.apply_(self.state_matrix.apply_into(x, out, plus=self.Z))
+
+    def start_into(self, out: Tensor) -> Tensor:
+        return self.activation.apply_(out.copy_(self.Z))
 
     def start(self, x: Tensor | None) -> Tensor:
         image = self.activation(self.Z) if x is None else self(x)
@@ -222,7 +233,7 @@ class _AffineProblem(_MatrixProblem):
         # A saturating activation would hide an infinite input; its sample has no equilibrium.
         return torch.where(self.Z.isfinite().all(1, keepdim=True), image, torch.nan)
 
-    def _reduced(self, sizes: Tensor) -> Tensor:
+    def reduced(self, sizes: Tensor) -> Tensor:
         return sizes.amax(-1)  # with abs three times as fast as vector_norm
 
     def scale(self, x: Tensor) -> Tensor:
@@ -236,11 +247,8 @@ class _AffineProblem(_MatrixProblem):
 
         Row sums of ``kappa`` become at most ``(kappa - a) / (1 - a) <= kappa``.
         """
-        if self.activation != activations.relu or (fed := self._self_fed()) is None:
-            return self
-        A, own = fed
-        gain = 1 / (1 - own)
-        return _AffineProblem(A.off_diagonal(gain), self.Z * gain, self.activation)
+        eased = easier_relu(self.state_matrix) if self.activation == activations.relu else None
+        return self if eased is None else _AffineProblem(eased[0], self.Z * eased[1], self.activation)
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.state_matrix.precise.apply(to_precise(x)) + self.Z
@@ -251,20 +259,23 @@ class _AffineProblem(_MatrixProblem):
 
 
 @dataclass(eq=False)
-class _SlopedProblem(_MatrixProblem):
+class _SlopedProblem(MatrixProblem):
     """:class:`SlopedMap` at its parameters."""
 
     slope: Tensor
     source: Tensor
     order: float
 
-    def _apply_into(self, x: Tensor, out: Tensor) -> Tensor:
+    def apply_into(self, x: Tensor, out: Tensor) -> Tensor:
         return torch.addcmul(self.source, self.state_matrix.apply_into(x, out), self.slope, out=out)
+
+    def start_into(self, out: Tensor) -> Tensor:
+        return out.copy_(self.source)
 
     def start(self, x: Tensor | None) -> Tensor:
         return self.source if x is None else self(x)
 
-    def _reduced(self, sizes: Tensor) -> Tensor:
+    def reduced(self, sizes: Tensor) -> Tensor:
         return sizes.sum(-1) if self.order == 1 else sizes.amax(-1)
 
     def scale(self, x: Tensor) -> Tensor:
@@ -275,11 +286,11 @@ class _SlopedProblem(_MatrixProblem):
 
     def eased(self) -> "_SlopedProblem":
         """Solve each unit for its own part: ``v = d (a v + r)`` is ``v = d / (1 - d a) r``."""
-        if (fed := self._self_fed()) is None or not float((self.slope * fed[1]).max()) < 1:
+        eased = easier_sloped(self.state_matrix, self.slope)
+        if eased is None:
             return self
-        A, own = fed
-        gain = 1 / (1 - self.slope * own)
-        return _SlopedProblem(A.off_diagonal(), self.slope * gain, self.source * gain, self.order)
+        state_matrix, gain = eased
+        return _SlopedProblem(state_matrix, self.slope * gain, self.source * gain, self.order)
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.state_matrix.precise.apply(to_precise(x)) * self.slope + self.source, self.slope
@@ -290,6 +301,41 @@ class _SlopedProblem(_MatrixProblem):
             torch.zeros_like(self.source),
             lambda units, z: torch.addcmul(self.source[:, units], self.slope[:, units], z),
         )
+
+
+def affine_problem(state_matrix: StateMatrix, Z: Tensor, activation: Activation) -> MatrixProblem:
+    """Return :class:`AffineMap` for a solver, with a state matrix that is there already."""
+    return _AffineProblem(state_matrix, Z, activation)
+
+
+def sloped_problem(state_matrix: StateMatrix, slope: Tensor, source: Tensor, order: float) -> MatrixProblem:
+    """Return :class:`SlopedMap` for a solver, with a state matrix that is there already."""
+    return _SlopedProblem(state_matrix, slope, source, order)
+
+
+def easier_relu(state_matrix: StateMatrix) -> tuple[StateMatrix, Tensor] | None:
+    """Return a matrix and a gain of each unit's ``Z`` with which a ReLU has the same fixed point, if that pays."""
+    if (fed := _self_fed(state_matrix)) is None:
+        return None
+    A, own = fed
+    gain = 1 / (1 - own)
+    return A.off_diagonal(gain), gain
+
+
+def easier_sloped(state_matrix: StateMatrix, slope: Tensor) -> tuple[StateMatrix, Tensor] | None:
+    """Return a matrix, and a gain of slope and source with which a sloped map has the same fixed point, if it pays."""
+    if (fed := _self_fed(state_matrix)) is None or not float((slope * fed[1]).max()) < 1:
+        return None
+    A, own = fed
+    return A.off_diagonal(), 1 / (1 - slope * own)
+
+
+def _self_fed(state_matrix: StateMatrix) -> tuple[Dense, Tensor] | None:
+    """Return ``A`` and its diagonal if some unit feeds itself so much that it is worth being solved for."""
+    if not isinstance(state_matrix, Dense) or not state_matrix.dim:
+        return None
+    own = state_matrix.diagonal()
+    return (state_matrix, own) if _SELF_FED < float(own.max()) < 1 else None
 
 
 def _substitute(state_matrix: StateMatrix, z: Tensor, finish: Callable[[slice, Tensor], Tensor]) -> Tensor | None:

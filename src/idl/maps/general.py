@@ -142,7 +142,8 @@ class LinearisedMap(ParametricMap):
         (x, source, *rest), (x_dim, source_dim, *rest_dims) = parameters, dims
         general, rest_parameters = GeneralMap(self.row_function).fold(size, tuple(rest), rest_dims)
         rows = [
-            (p.expand(size, *p.shape) if d is None else front(p, d)).flatten(0, 1)
+            # Of a single row the copies would be one place in memory, which torch does not let a tangent move.
+            (p.expand(size, *p.shape) if d is None else front(p, d)).flatten(0, 1).contiguous()
             for p, d in ((x, x_dim), (source, source_dim))
         ]
         return LinearisedMap(general.row_function, self.transposed, self.nilpotent), (*rows, *rest_parameters)

@@ -42,6 +42,11 @@ class Problem(ABC):
     """Whether each row is a problem of its own, so that finished rows can be left out."""
     rate: float | None = None
     """Contraction that a related problem has shown: what to expect, if one was solved before."""
+    slowest: float | None = None
+    """Contraction that what a related problem has left at the start may have: a smaller measured one is not believed.
+
+    Its slow part can be hidden below steps of faster parts, or cancel with them, until these have died away.
+    """
     newton_is_cheap: bool = False
     """Whether a product with the Jacobian costs about what an application of the map costs."""
 
@@ -183,13 +188,15 @@ def largest_ratio(sizes: Tensor, tolerance: Tensor) -> float:
     return float((sizes / tolerance).max()) if sizes.shape[0] else 0.0
 
 
-def rounding_floor(problem: Problem, x: Tensor, first: Tensor, dtype: torch.dtype) -> Tensor:
+def rounding_floor(problem: Problem, x: Tensor, first: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the accuracy that rounding permits for each row: a few units in the last place of ``x``.
 
     A row that has grown ten thousand times over its first image is not close to a fixed point because its steps are
-    small beside it.
+    small beside it. ``None`` stands for a first image that is too few applications away for that.
     """
-    size = torch.minimum(problem.norm(x), 1e4 * (1 + problem.norm(first).to(x.dtype)))
+    size = problem.norm(x)
+    if first is not None:
+        size = torch.minimum(size, 1e4 * (1 + problem.norm(first).to(x.dtype)))
     return 4.0 * torch.finfo(dtype).eps * size
 
 

@@ -60,7 +60,9 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
             if problem.separable and 4 * int(ended.sum()) >= len(ended):  # from here on copying the rest out pays
                 ended_rows = ended_rows or _EndedRows(rows, best.x)
                 rest = ended_rows.take(ended, best, spent)
+                slowest = problem.slowest
                 problem, first = problem.restrict(rest), first[rest]
+                problem.slowest = slowest
                 best, state = _rows_of(best, rest), _rows_of(state, rest)
         before = state.worst
         state, cost = solver.step(problem, state, solver.max_steps - spent)

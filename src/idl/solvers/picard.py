@@ -77,12 +77,15 @@ class Picard(AbstractFixedPointSolver):
         x, sizes = self._burst(problem, state, steps)
         ratios = sizes / state.tolerance
         before, worst = _largest(ratios)
+        rate = worst / before if 0 < worst < before else None
+        if problem.slowest is not None:
+            sizes, ratios = (at_least_as_slow(pair, problem.slowest) for pair in (sizes, ratios))
+            before, worst = _largest(ratios)
         remaining = _steps_until_done(before, worst)
         # Seen together the rows are done no later than the last of them: only then is it worth a look at each.
         settled = remaining == 0 and _all_settled(ratios)
         if not math.isfinite(worst):  # a lost sample must not slow the others down
             remaining = _steps_until_done(*_largest(ratios[:, ratios[1].isfinite()]))
-        rate = worst / before if 0 < worst < before else None
         first, last = sizes
         return PicardState(x, first, last, state.tolerance, worst, settled, rate, remaining, state.spent + steps), steps
 
@@ -104,6 +107,12 @@ class Picard(AbstractFixedPointSolver):
             before, residual = residual, problem.distance(image, x)
             x = torch.lerp(x, image, self.damping) if self.damping < 1 else image
         return x, torch.stack((before, residual))
+
+
+def at_least_as_slow(sizes: Tensor, rate: float) -> Tensor:
+    """Return the sizes of two steps, ``(2, rows)``, with the first as if they shrank by no less than ``rate``."""
+    first, last = sizes
+    return torch.stack((torch.minimum(first, last / rate), last))
 
 
 def _largest(ratios: Tensor) -> list[float]:

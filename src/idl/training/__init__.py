@@ -8,7 +8,7 @@ from idl.atomic import write_json
 from idl.training.baseline import ExplicitMLP
 from idl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from idl.training.diagnostics import EquilibriumReport, picard_residuals, report_equilibrium
-from idl.training.figures import draw_equilibrium, draw_sparsity, draw_tradeoff, draw_training
+from idl.training.figures import draw_equilibrium, draw_forecast, draw_sparsity, draw_tradeoff, draw_training
 from idl.training.interruption import stop_on_interrupt
 from idl.training.progress import progress_line
 from idl.training.runs import RunFolder, save_weights, settings_that_differ
@@ -27,6 +27,7 @@ __all__ = [
     "Recipe",
     "RunFolder",
     "draw_equilibrium",
+    "draw_forecast",
     "draw_sparsity",
     "draw_tradeoff",
     "draw_training",

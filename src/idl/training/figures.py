@@ -137,6 +137,32 @@ def draw_sparsity(
     _save(figure, path)
 
 
+def draw_forecast(truth: Float[Tensor, " times"], forecasts: Mapping[str, Float[Tensor, " times"]], path: Path) -> None:
+    """Draw a series and what models expected of each of its values, all of it and its last hundred, to a PNG.
+
+    Args:
+        truth: The values.
+        forecasts: What each model expected, by its name, 1 to 4 models.
+        path: File to write; its folder must exist.
+
+    Raises:
+        ValueError: If there are no or too many models.
+    """
+    if not 1 <= len(forecasts) <= len(_COLOURS):
+        raise ValueError(f"`forecasts` must have 1 to {len(_COLOURS)} models; got {len(forecasts)}.")
+    figure = _figure(9.0, 4.5)
+    for axes, first in zip(figure.subplots(2, 1), (0, max(len(truth) - 100, 0)), strict=True):
+        times = range(first, len(truth))
+        axes.plot(times, truth[first:].tolist(), color="#333333", linewidth=1.0, label="series")
+        for colour, (name, values) in zip(_COLOURS, forecasts.items(), strict=False):
+            axes.plot(times, values[first:].tolist(), color=colour, linewidth=1.2, alpha=0.8, label=name)
+        axes.set(ylabel="value, scaled", xlim=(first, len(truth) - 1))
+        _tidy(axes)
+    axes.set(xlabel="time")
+    axes.legend(loc="lower right", ncols=len(forecasts) + 1, frameon=False)
+    _save(figure, path)
+
+
 def draw_tradeoff(curves: Mapping[str, Sequence[tuple[float, float]]], reference: float, path: Path) -> None:
     """Draw accuracy against the part of the weights kept, one line a method, to a PNG.
 

@@ -1,0 +1,80 @@
+"""Measure the tables of README.md: five models of the same size on three data sets, five seeds each.
+
+    python examples/im_rnn/table.py
+
+Finished runs are looked up and an interrupted one continues, so the command can be stopped and given again.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from models import MODELS
+from rich.console import Console
+from train import DEFAULTS, RANGES, Settings, train
+
+SEEDS = (0, 1, 2, 3, 4)
+NAMES = {"implicit": "ImplicitRNN", "lstm": "LSTM", "gru": "GRU", "relu": "ReLU RNN without biases", "linear": "linear"}
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def main(
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two seeds, 300 sequences: does it work?")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the run folders.")] = Path("runs/im_rnn-table"),
+) -> None:
+    """Run what is missing and print the tables as Markdown."""
+    console = Console(stderr=True)  # so that the tables alone can be sent to a file
+    results: dict[str, Runs] = {}
+    try:
+        for dataset, settings in DEFAULTS.items():
+            results[dataset] = {model: runs(settings, model, smoke, out, console) for model in MODELS}
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command continues where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    except (ImportError, OSError, ValueError) as error:  # all say what to do
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
+    typer.echo("\n\n".join((*map(forecasts, results, results.values()), extrapolation(results["argmax"]))))
+
+
+def runs(settings: Settings, model: str, smoke: bool, out: Path, console: Console) -> list[dict[str, Any]]:
+    """Return the metrics of all seeds."""
+    settings = replace(settings, model=model)
+    if smoke:
+        settings = replace(settings, epochs=2, samples=300)
+    of_seeds = [replace(settings, seed=seed) for seed in (SEEDS[:2] if smoke else SEEDS)]
+    return [train(run, out / run.name(), console) for run in of_seeds]
+
+
+def forecasts(dataset: str, models: Runs) -> str:
+    """Return the table of the losses of a data set."""
+    lines = [f"| {dataset} | parameters | training loss | test loss | seconds |", "|---|---|---|---|---|"]
+    for model, of_seeds in models.items():
+        last = [run["epochs"][-1] for run in of_seeds]
+        losses = [spread([epoch[f"{part}_loss"] for epoch in last]) for part in ("train", "test")]
+        seconds = statistics.mean(run["seconds"] for run in of_seeds)
+        lines.append(f"| {NAMES[model]} | {of_seeds[0]['parameters']:,} | {' | '.join(losses)} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def extrapolation(models: Runs) -> str:
+    """Return the table of accuracies by the range of the test sequences."""
+    names = [f"{largest:g}" for largest in RANGES]
+    lines = ["| argmax, accuracy in % | " + " | ".join(f"x{name}" for name in names) + " |"]
+    lines.append("|---|" + "---|" * len(names))
+    for model, of_seeds in models.items():
+        cells = [spread([100 * run["accuracy_by_range"][name] for run in of_seeds]) for name in names]
+        lines.append(f"| {NAMES[model]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean and standard deviation, that of a sample, with n - 1."""
+    return f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.2g}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

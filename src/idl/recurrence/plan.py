@@ -1,0 +1,78 @@
+"""What a sweep expects of the next times, from those before: it plans, and decides nothing."""
+
+import math
+from dataclasses import dataclass
+
+FEWEST = 3  # applications that tell two differences, and so a rate
+_MOST = 16  # a time that takes more is better looked at while it is solved
+_MARGIN = 0.3  # of an application, by which the next times may be harder than the last ones
+
+
+@dataclass
+class Plan:
+    """How many applications a time takes, from where, and how many times to take before the next test.
+
+    Args:
+        max_steps: Most applications that a time may take.
+        longest: Most times between two tests.
+        rate: Contraction to expect.
+    """
+
+    max_steps: int
+    longest: int
+    rate: float | None
+    count: int = 0
+    """Applications of a time; 0 where nothing is known."""
+    ahead: int = 2
+    """Times before the next test."""
+    warm: bool = False
+    """Whether to start from the time before; else from zero, which saves the product of the first application."""
+    slowness: float = 0.0
+    """``rate / (1 - rate)`` of the slowest times; halved with each test that shows a faster one."""
+
+    @property
+    def slowest(self) -> float | None:
+        """Contraction that an error which the time before has left may have."""
+        return self.slowness / (1 + self.slowness) if self.slowness else None
+
+    @property
+    def foresees(self) -> bool:
+        """Whether it is known how many applications the next time takes, and these are few."""
+        return FEWEST <= self.count <= min(_MOST, self.max_steps)
+
+    def solved(self, count: int, rate: float | None) -> None:
+        """Take note of a time that took ``count`` applications by the solver."""
+        self.count = max(FEWEST, count)
+        if rate is not None:
+            self._measured(rate)
+
+    def succeeded(self, before: float, last: float, error: float) -> None:
+        """Take note of times that are done, by their largest last two differences and error, in tolerances."""
+        self.ahead = min(4 * self.ahead, self.longest)
+        rate = self.rate
+        if 0 < last < before and error > 0:
+            rate = last / before
+            self._measured(rate)
+        elif rate is not None:  # down at rounding, where nothing is measured: the steps before were too many
+            error = before * rate
+        if rate is not None and error > 0:
+            self.count += math.ceil(math.log(error) / -math.log(rate) + _MARGIN)
+        else:
+            self.count -= 1
+        self.count = max(FEWEST, self.count)
+
+    def failed(self) -> None:
+        """Take note of a time that was not done after :attr:`count` applications."""
+        self.count += 1
+        self.ahead = max(1, self.ahead // 4)
+
+    def drifted(self, change: float, size: float) -> None:
+        """Take note of how much the state changes from time to time, beside its size."""
+        warm = change < (self.rate or 0.0) * size
+        if self.warm and not warm:
+            self.count += 1
+        self.warm = warm
+
+    def _measured(self, rate: float) -> None:
+        self.rate = rate
+        self.slowness = max(rate / (1 - rate), self.slowness / 2)

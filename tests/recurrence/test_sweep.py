@@ -1,0 +1,188 @@
+"""How a sweep solves the times: what it foresees decides when it looks, never what it finds."""
+
+import pytest
+import torch
+
+from idl import Adaptive, Newton, Picard, activations
+from idl.linalg.operators import Dense, Factored
+from idl.recurrence import sweep as module
+from idl.recurrence.plan import Plan
+from idl.recurrence.steps import AffineSteps, SlopedSteps
+from idl.recurrence.sweep import sweep
+from idl.recurrence.timeline import Timeline
+from problems import random
+
+N, H = 6, 3
+EVEN, RAGGED = Timeline((4,) * 30), Timeline((4,) * 9 + (3,) * 2 + (2,) * 8 + (1,) * 11)
+TIMELINES = [EVEN, EVEN.reversed(), RAGGED, RAGGED.reversed()]
+
+
+def contraction(rate, n=N):
+    """Return a matrix whose eigenvalues all have this modulus."""
+    return rate * torch.linalg.qr(random(n, n, seed=0))[0]
+
+
+def affine(timeline, A=None, scale=1.0, **changes):
+    rows = timeline.rows
+    parts = {
+        "state_matrix": Dense(contraction(0.3)) if A is None else A,
+        "source": scale * random(rows, N + H, seed=1),
+        "carry": random(timeline.batch, H, seed=2),
+        "B": 0.3 * random(N, H, seed=3),
+        "M": 0.2 * random(H, N + H, seed=4),
+        "activation": activations.tanh,
+    }
+    return AffineSteps(timeline, **{**parts, **changes})
+
+
+def sloped(timeline, A=None, order=torch.inf, **changes):
+    common = affine(timeline, A)
+    parts = {
+        **{name: getattr(common, name) for name in ("timeline", "state_matrix", "source", "carry", "B", "M")},
+        "slope": torch.sigmoid(random(timeline.rows, N, seed=5)),
+        "offset": random(timeline.rows, N, seed=6),
+        "order": order,
+    }
+    return SlopedSteps(**{**parts, **changes})
+
+
+def by_hand(steps):
+    """Return trajectory and last outputs, each state iterated until it does not change."""
+    timeline, A = steps.timeline, steps.state_matrix.dense()
+    pairs = torch.empty(timeline.rows, N + H, dtype=torch.float64)
+    h, last = steps.carry.clone(), torch.empty_like(steps.carry)
+    for time in timeline.order:
+        start, size = timeline.starts[time], timeline.sizes[time]
+        for row, i in enumerate(range(start, start + size)):
+            source = steps.source[i] if steps.source is not None else torch.zeros(N + H, dtype=torch.float64)
+            x, z = torch.zeros(N, dtype=torch.float64), source[:N] + steps.B @ h[row]
+            for _ in range(100):
+                x = torch.tanh(A @ x + z) if isinstance(steps, AffineSteps) else linear(steps, i, A @ x + z)
+            pairs[i] = torch.cat((x, h[row]))
+            h[row] = last[row] = source[N:] + steps.M @ pairs[i]
+    return pairs, last
+
+
+def linear(steps, i, z):
+    return steps.slope[i] * z + (0 if steps.offset is None else steps.offset[i])
+
+
+SOLVERS = [Adaptive(1e-12), Picard(1e-12), Picard(1e-12, damping=0.8), Newton(1e-12)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("timeline", TIMELINES, ids=["even", "even, back", "ragged", "ragged, back"])
+def test_every_state_is_the_solution_of_its_equation(timeline, solver):
+    for steps in (affine(timeline), sloped(timeline), sloped(timeline, offset=None, source=None)):
+        swept = sweep(steps, solver)
+        pairs, last = by_hand(steps)
+        torch.testing.assert_close(swept.trajectory, pairs, rtol=0, atol=1e-11)
+        torch.testing.assert_close(swept.last, last, rtol=0, atol=1e-11)
+        assert swept.all_converged
+        assert bool(swept.converged.all())
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 5])
+@pytest.mark.parametrize("timeline", TIMELINES, ids=["even", "even, back", "ragged", "ragged, back"])
+def test_linear_equations_of_low_rank_are_solved_directly_up_to_rank_4(timeline, rank):
+    A = Factored(0.4 * random(N, rank, seed=7) / rank, 0.5 * random(N, rank, seed=8))
+    steps = sloped(timeline, A)
+    assert steps.can_solve == (rank <= 4)
+    swept = sweep(steps, Adaptive(1e-12))
+    pairs, last = by_hand(steps)
+    torch.testing.assert_close(swept.trajectory, pairs, rtol=0, atol=1e-11)
+    torch.testing.assert_close(swept.last, last, rtol=0, atol=1e-11)
+    assert int(swept.steps.max()) == 2 if rank <= 4 else int(swept.steps.max()) > 2
+
+
+def test_a_direct_solve_that_loses_its_digits_is_seen_and_repaired(monkeypatch):
+    A = Factored(0.4 * random(N, 2, seed=7), 0.5 * random(N, 2, seed=8))
+    steps = sloped(EVEN, A)
+    exact = steps._inverses
+    wrong = exact.clone()
+    wrong[40:60] *= 1.5
+    monkeypatch.setattr(SlopedSteps, "_inverses", property(lambda self: wrong))
+    swept = sweep(steps, Adaptive(1e-12))
+    torch.testing.assert_close(swept.trajectory, by_hand(steps)[0], rtol=0, atol=1e-11)
+    assert int(swept.steps.max()) > 2
+    assert int(swept.steps[-1]) == 2
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("count", [3, 4, 5, 16])
+def test_a_wrong_plan_costs_steps_and_nothing_else(monkeypatch, count, warm):
+    class Wrong(Plan):
+        """Expects too little, or too much, again and again."""
+
+        def succeeded(self, before, last, error):
+            super().succeeded(before, last, error)
+            self.count, self.warm = count, warm
+
+        def solved(self, taken, rate):
+            super().solved(taken, rate)
+            self.count, self.ahead, self.warm = count, 8, warm
+
+    monkeypatch.setattr(module, "Plan", Wrong)
+    for timeline in TIMELINES:
+        steps = affine(timeline)
+        swept = sweep(steps, Adaptive(1e-12))
+        torch.testing.assert_close(swept.trajectory, by_hand(steps)[0], rtol=0, atol=1e-11)
+        assert swept.all_converged
+
+
+def test_tests_become_rare_where_nothing_changes(monkeypatch):
+    tests = []
+    original = module._Sweep._test
+
+    def counted(self, rows, work, size):
+        tests.append(rows)
+        return original(self, rows, work, size)
+
+    monkeypatch.setattr(module._Sweep, "_test", counted)
+    swept = sweep(affine(Timeline((4,) * 300)), Adaptive(1e-6))
+    assert swept.all_converged
+    assert len(tests) < 300 / 10
+
+
+def test_a_time_that_is_harder_than_those_before_is_solved_to_the_same_accuracy():
+    timeline = Timeline((4,) * 40)
+    source = 1e-3 * random(timeline.rows, N + H, seed=1)
+    source[100:104] *= 1e6  # far away, in the middle of a stretch that is not looked at
+    steps = affine(timeline, Dense(contraction(0.6)), source=source, activation=activations.leaky_relu)
+    for solver in (Adaptive(1e-9), Picard(1e-9)):
+        swept = sweep(steps, solver)
+        x, z = swept.trajectory[:, :N], source[:, :N] + swept.trajectory[:, N:] @ steps.B.T
+        error = torch.nn.functional.leaky_relu(x @ steps.state_matrix.matrix.T + z) - x
+        assert float(error.abs().max()) < 1e-9
+        assert swept.all_converged
+
+
+def test_no_time_takes_more_applications_than_allowed():
+    for most in (1, 3, 5, 9):
+        swept = sweep(affine(EVEN, Dense(contraction(0.9))), Picard(1e-12, 0.0, most))
+        assert int(swept.steps.max()) <= max(3, most)
+        assert not swept.all_converged
+        assert bool(swept.trajectory.isfinite().all())
+
+
+def test_a_plan_forgets_a_slow_time_little_by_little():
+    plan = Plan(max_steps=100, longest=32, rate=None)
+    assert plan.slowest is None
+    plan.solved(5, 0.99)
+    slow = plan.slowest
+    assert slow == pytest.approx(0.99)
+    plan.succeeded(1.0, 0.1, 0.01)
+    assert 0.1 < plan.slowest < slow
+    for _ in range(20):
+        plan.succeeded(1.0, 0.1, 0.01)
+    assert plan.slowest == pytest.approx(0.1)
+
+
+def test_a_plan_starts_where_the_time_before_ended_only_if_that_is_close():
+    plan = Plan(max_steps=100, longest=32, rate=0.1)
+    plan.drifted(change=0.05, size=1.0)
+    assert plan.warm
+    plan.count = 5
+    plan.drifted(change=0.5, size=1.0)
+    assert not plan.warm
+    assert plan.count == 6

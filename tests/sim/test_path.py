@@ -144,3 +144,15 @@ def test_a_resumed_model_trains_further(teacher, batches, tmp_path):
     sim.model_(batches[0]).sum().backward()
     assert all(parameter.grad is not None for parameter in sim.model_.parameters())
     torch.testing.assert_close(sim.predict(batches[0]), sim.model_(batches[0]).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_a_penalty_that_are_nearly_the_same_are_two(teacher, batches, tmp_path):
+    lams = [1e-2, 1e-2 * (1 + 1e-7)]
+    assert len(list(lambda_path(teacher, batches, lams, folder=tmp_path))) == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_is_no_folder(teacher, batches, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`folder` must be a folder"):
+        list(lambda_path(teacher, batches, LAMS, folder=tmp_path / "file"))

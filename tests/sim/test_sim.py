@@ -1,6 +1,7 @@
 """SIM from a trained network to an implicit model: its certificate, recomputed from raw samples, and its promises."""
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -18,9 +19,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import oracles
 from idl import SIM, ImplicitModel
+from idl.errors import CaptureError
+from idl.sim import lambda_path
 from idl.sim.problem import RowProblem
 from idl.sim.recording import record
-from idl.sim.solvers import Hybrid
+from idl.sim.solvers import Hybrid, LeastSquares
 from idl.sim.solvers.debias import debias
 from problems import random
 
@@ -551,7 +554,7 @@ def test_without_refit_the_outputs_are_fitted_to_the_states_of_the_teacher(teach
     np.testing.assert_allclose(objectives(S, Y, np.concatenate((C, D), 1), lam), truth, rtol=3e-4)
 
 
-@pytest.mark.parametrize(("kappa", "l1_ratio"), [(0.99, 1.0), (0.3, 1.0), (0.99, 0.3)])
+@pytest.mark.parametrize(("kappa", "l1_ratio"), [(0.99, 1.0), (0.3, 1.0), (0.99, 0.9)])
 def test_debiasing_keeps_the_support_and_lowers_the_least_squares_error(kappa, l1_ratio, teacher, digits):
     options = {"kappa": kappa, "lam": 1e-2, "l1_ratio": l1_ratio, "rescale": False}
     plain, debiased = (SIM(**options, debias=on).fit(teacher, digits.loader) for on in (False, True))
@@ -566,7 +569,7 @@ def test_debiasing_keeps_the_support_and_lowers_the_least_squares_error(kappa, l
 
 
 @pytest.mark.parametrize("l1_ratio", [1.0, 0.3])
-def test_debiased_rows_below_the_bound_are_the_least_squares_fit_on_their_support(l1_ratio, teacher, digits):
+def test_debiased_rows_below_the_bound_are_least_squares_with_the_ridge_on_their_support(l1_ratio, teacher, digits):
     sim = SIM(lam=3e-2, l1_ratio=l1_ratio, rescale=False).fit(teacher, digits.loader)
     U, Z, X, _ = raw(teacher, digits.u)
     S, W = np.concatenate((X, U), 1), np.concatenate(weights(sim.model_)[:2], 1)
@@ -575,7 +578,8 @@ def test_debiased_rows_below_the_bound_are_the_least_squares_fit_on_their_suppor
     for row in free:
         on = np.flatnonzero(W[row])
         columns, target = torch.from_numpy(centred(S[:, on])), torch.from_numpy(centred(Z[:, row]))
-        truth = torch.linalg.lstsq(columns, target[:, None]).solution[:, 0]
+        gram = columns.T @ columns / len(columns) + 3e-2 * (1 - l1_ratio) * torch.eye(len(on), dtype=torch.float64)
+        truth = torch.linalg.lstsq(gram, columns.T @ target[:, None] / len(columns)).solution[:, 0]
         np.testing.assert_allclose(W[row, on], truth, rtol=1e-4, atol=1e-5)
 
 
@@ -920,3 +924,90 @@ def test_what_is_recorded_can_be_used_alone():
         torch.testing.assert_close(moments.cross, T.T @ torch.cat((X, U), 1) / 300, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(moments.energies, T.square().mean(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(moments.mean_T, T.mean(0), rtol=1e-5, atol=1e-6)
+
+
+# --- what a newcomer tried --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"l1_ratio": 0.1}, {"knee": 0.2, "lam": 1e-4}, {"l1_ratio": 0.1, "rank": 3}], ids=repr
+)
+def test_a_large_support_does_not_let_weights_explode(options, teacher, digits):
+    weights_of = [SIM(**options, debias=on).fit(teacher, digits.loader).model_ for on in (False, True)]
+    largest = [max(float(p.detach().abs().max()) for p in model.parameters()) for model in weights_of]
+    assert largest[1] <= 5 * max(largest[0], 1)
+
+
+class Divided(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x))) / x.norm(dim=1, keepdim=True)
+
+
+class Gated(Divided):
+    def __init__(self, j):
+        super().__init__()
+        self.j = j
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)) * (x[:, self.j : self.j + 1] > 0))
+
+
+@pytest.mark.parametrize("make", [Divided, *(functools.partial(Gated, j) for j in range(8))])
+def test_a_quotient_or_a_gate_is_not_affine(make):
+    torch.manual_seed(0)
+    with pytest.raises(CaptureError, match="not affine"):
+        SIM().fit(make(), [torch.randn(50, 8)])
+
+
+def test_a_model_that_iterates_is_no_feed_forward_teacher(teacher, digits):
+    torch.manual_seed(0)
+    for model in (ImplicitModel(6, 8, 3), ImplicitModel(6, 8, 3, bias=True)):
+        with pytest.raises(CaptureError):
+            SIM().fit(model, [torch.randn(50, 8)])
+
+
+def test_a_sparsity_that_no_penalty_reaches_is_refused_with_its_reason(teacher, digits):
+    with pytest.raises(ValueError, match=r"cannot be reached: \d+ weights of C carry the constants"):
+        SIM().fit(teacher, digits.loader, target_sparsity=0.9999)
+    with pytest.raises(ValueError, match=r"LeastSquares.* do not depend"):
+        SIM(LeastSquares()).fit(teacher, digits.loader, target_sparsity=0.5)
+
+
+def test_a_batch_may_have_more_dimensions_where_they_are_predicted(fitted, digits):
+    u = digits.u[:20]
+    assert torch.equal(fitted.predict(u.reshape(4, 5, -1)), fitted.predict(u).reshape(4, 5, -1))
+
+
+def test_a_model_that_was_fitted_in_inference_mode_trains(teacher, digits):
+    with torch.inference_mode():
+        model = SIM(lam=1e-2).fit(teacher, digits.loader).model_
+    model(digits.u[:5].clone()).sum().backward()
+    assert model.A.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda net, u: SIM().fit(None, [u]), "teacher"),
+        (lambda net, u: SIM().fit(lambda x: x, [u]), "teacher"),
+        (lambda net, u: SIM().fit(net, None), "loader"),
+        (lambda net, u: SIM().fit(net, 5), "loader"),
+        (lambda net, u: list(lambda_path(net, [u], 1e-3)), "lams"),
+        (lambda net, u: SIM(column_weights=5.0), "column_weights"),
+        (lambda net, u: SIM(layers=3), "layers"),
+        (lambda net, u: SIM(exact="yes"), "exact"),
+        (lambda net, u: SIM(debias=1), "debias"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_and_named(call, name, teacher, digits, as_users_run_it):
+    with pytest.raises(TypeError, match=f"`{name}` must"):
+        call(teacher, digits.u)
+
+
+def test_weights_of_a_penalty_may_be_a_tensor(teacher, digits, as_users_run_it):
+    path = lambda_path(teacher, digits.loader, torch.tensor([1e-2, 1e-1], dtype=torch.float64))
+    assert [sim.lam for sim in path] == [1e-1, 1e-2]

@@ -173,31 +173,38 @@ class Teacher:
         tolerance = _PROBE_TOLERANCE if self.dtype in (torch.float32, torch.float64) else 0.05
         rounding = 64 * torch.finfo(self.dtype).eps
         largest = float(data.abs().amax().clamp_min(1))
-        for scale in (1.0, largest, 100 * largest):
+        for scale in (1.0, largest, 1.0, 100 * largest, 1.0, 1.0, 1.0, 1.0):  # several, for gates of the input's sign
             drawn = (scale * torch.randn(2, data.shape[1], generator=generator)).to(self.dtype)
             a, b, zero = data if scale == largest else drawn[:1], drawn[1:], torch.zeros_like(drawn[:1])
             points = torch.cat((a, b, a + b, zero))
             values = torch.cat(self._respond(points[:, :n], points[:, n:]), 1).double()
             fewer = torch.cat(self._respond(points[1:3, :n], points[1:3, n:]), 1).double()
             sizes = values.abs().amax(0)
+            if not bool(values[3].isfinite().all()):
+                raise CaptureError(
+                    "the teacher gives NaN or inf where its input and its states are zero, so that it is not affine "
+                    f"between its activations; {self._suspects()}. A quotient by something computed is not."
+                )
             if not bool(sizes.isfinite().all()):  # too large for the dtype, which says nothing of the operations
                 continue
             # Where large terms cancel, their rounding is all that is left.
             allowed = tolerance * sizes + rounding * sizes.amax()
             defect = (values[0] + values[1] - values[2] - values[3]).abs()
             if not bool((defect <= allowed).all()):
-                strange = [name for name in self.operations if not _AFFINE.fullmatch(name)]
-                suspects = "it may be " + " or ".join(strange) if strange else f"seen were {', '.join(self.operations)}"
                 raise CaptureError(
-                    f"an operation has no place between the activations of an implicit model, since it is not affine: "
-                    f"{suspects}. Leave it out, or replace it by the activation or by what is affine; a product of two "
-                    "computed tensors is not."
+                    "an operation has no place between the activations of an implicit model, since it is not affine: "
+                    f"{self._suspects()}. Leave it out, or replace it by the activation or by what is affine; a "
+                    "product of two computed tensors is not."
                 )
             if not bool(((values[1:3] - fewer).abs() <= allowed).all()):
                 raise CaptureError(
                     f"the samples of a batch depend on each other; operations seen: {', '.join(self.operations)}. "
                     "An implicit model answers each sample by itself."
                 )
+
+    def _suspects(self) -> str:
+        strange = [name for name in self.operations if not _AFFINE.fullmatch(name)]
+        return "it may be " + " or ".join(strange) if strange else f"seen were {', '.join(self.operations)}"
 
 
 _AFFINE = re.compile(
@@ -241,7 +248,13 @@ class _Watch(TorchFunctionMode):
         self.seen.append((kind, where or kind, z.clone()))
         x = func(z.clone(), *args[1:], **{key: value for key, value in kwargs.items() if key != "input"})
         if self._replacements is not None:
-            x = self._replacements[len(self.seen) - 1].to(z)
+            given = self._replacements[len(self.seen) - 1] if len(self.seen) <= len(self._replacements) else None
+            if given is None or given.shape != z.shape:
+                raise CaptureError(
+                    "the activations of the teacher, or their number, depend on its input, so that it is not a "
+                    "feed-forward network; an implicit model iterates, for example."
+                )
+            x = given.to(z)
         return z.copy_(x) if inplace else x
 
     def _note(self, func: Callable[..., Any]) -> None:

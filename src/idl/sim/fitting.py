@@ -1,5 +1,6 @@
 """From what a teacher showed to an implicit model: its rows, block after block, then those of its outputs."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -264,6 +265,16 @@ class _Fitting:
         problem, ratio = self._problem(moments, ball), self.settings.l1_ratio
         return problem if ratio == 1 else replace(problem, ridge=(1 - ratio) / ratio * problem.penalty)
 
+    def _without_shrinkage(self, moments: Moments, ball: int) -> RowProblem:
+        """Return least squares with the ridge of the penalty: what holds large, nearly dependent supports together.
+
+        A reverse Huber penalty with a knee ``k`` is what is convex of a number of weights with a ridge of ``p / k``.
+        """
+        problem = self._penalised(moments, ball)
+        ridge = problem.penalty / self.settings.knee
+        ridge = ridge if problem.ridge is None else ridge + problem.ridge
+        return replace(problem, gram=problem.gram + ridge.diag(), ridge=None, knee=math.inf)
+
     def _solved(
         self, solver: AbstractRowSolver, moments: Moments, ball: int, start: Tensor | None, first: int
     ) -> tuple[RowSolution, Tensor]:
@@ -273,9 +284,8 @@ class _Fitting:
             solution = solver.solve(self._penalised(moments, ball), start)
         except NotMatchedError as error:
             raise NotMatchedError(error.row, error.reason, self._name(first + error.row)) from None
-        shrunk = solver.shrinks or (settings.l1_ratio < 1 and not solver.exact)
-        if settings.debias and solver.keeps_ball and shrunk:
-            return solution, debias(self._problem(moments, ball), solution.W).W
+        if settings.debias and solver.keeps_ball and solver.shrinks:
+            return solution, debias(self._without_shrinkage(moments, ball), solution.W).W
         return solution, solution.W
 
     def _name(self, target: int) -> str:

@@ -46,20 +46,26 @@ def lambda_path(
         CaptureError, TypeError: As :class:`~idl.SIM` and :meth:`~idl.SIM.fit` do.
         ValueError: As these do, or if ``folder`` holds a path of other settings or data, or a damaged file.
     """
-    unfitted = [SIM(lam=lam, **settings) for lam in sorted(lams, reverse=True)]
+    if not isinstance(lams, Iterable):
+        raise TypeError(f"`lams` must be several weights of the penalty; got {lams!r}. Try [1e-2, 1e-3].")
+    unfitted = [SIM(lam=lam, **settings) for lam in sorted(map(float, lams), reverse=True)]
     if not unfitted:
         return
     if len(unfitted) > 1 and unfitted[0].exact:
         raise ValueError("`lams` must be a single one with exact=True, whose weights do not depend on it.")
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"`folder` must be a folder; {folder} is a file.")
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    recorded, near = record(teacher, loader, settings.get("layers")), None
+    with torch.inference_mode(False):  # as in SIM.fit
+        recorded, near = record(teacher, loader, settings.get("layers")), None
     for sim in unfitted:
-        path = None if folder is None else Path(folder) / f"lam-{sim.lam:g}.safetensors"
+        path = None if folder is None else Path(folder) / f"lam-{sim.lam!r}.safetensors"
         if path is not None and path.exists():
             near = _read(path, sim, recorded)
         else:
-            near = sim.fit_recorded(recorded, loader, near)
+            with torch.inference_mode(False):
+                near = sim.fit_recorded(recorded, loader, near)
             if path is not None:
                 write_bytes(path, _written(near, recorded))
         yield near

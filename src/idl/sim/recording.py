@@ -41,10 +41,13 @@ class Recorded:
 
 def record(teacher: nn.Module, loader: Iterable[Any], layers: Sequence[str] | None = None) -> Recorded:
     """Run a teacher on all inputs of a loader once, and keep second moments only."""
+    checks.instance("teacher", teacher, nn.Module, "Wrap a function in one.")
     if isinstance(loader, Tensor):
         raise TypeError("`loader` must yield batches; got a tensor, whose rows are single samples. Try [inputs].")
     if isinstance(loader, Iterator):
         raise TypeError("`loader` must be iterable twice, as a DataLoader or a list of batches is; got an iterator.")
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise TypeError(f"`loader` must yield batches of inputs; got {loader!r}. Try [inputs], or a DataLoader.")
     batches = iter(loader)
     seen, first = [], None
     for batch in batches:

@@ -41,7 +41,8 @@ class SIM:
         l1_ratio: Part of the penalty that is :math:`|w|_1`, in (0, 1]; the rest is :math:`|w|_2^2 / 2`.
         rescale: How the states' units are changed first, which no prediction sees: ``True`` means
             ``"unit_variance"``. Only for ReLU and leaky ReLU; other teachers keep theirs.
-        debias: Whether to fit the weights once more on the support found, without the penalty and inside the ball.
+        debias: Whether to fit the weights once more on the support found, inside the ball and without the l1 penalty;
+            the ridge that ``l1_ratio`` or ``knee`` asks for stays.
         refit: Whether to fit ``C`` and ``D`` on the equilibrium's own states instead of the teacher's. ``"layers"``
             does so for every layer: they are fitted one after the other, each on what those before it really give, so
             that errors do not add up. ``A`` is then strictly block triangular and its equilibrium a substitution. The
@@ -100,7 +101,7 @@ class SIM:
         rank: int | None = None,
     ) -> None:
         if solver is None:
-            solver = ExactMatching() if exact else Hybrid()
+            solver = ExactMatching() if checks.boolean("exact", exact) else Hybrid()
         self.solver = checks.instance("solver", solver, AbstractRowSolver, "Try idl.sim.solvers.Hybrid().")
         if exact and not self.solver.exact:
             raise ValueError(
@@ -111,11 +112,11 @@ class SIM:
         self.kappa = checks.in_open_unit("kappa", kappa)
         self.lam = checks.positive("lam", lam)
         self.l1_ratio = checks.in_half_open_unit("l1_ratio", l1_ratio)
-        if not isinstance(rescale, bool):
-            checks.one_of("rescale", rescale, ("unit_variance", "layerwise", "closed_form"))
-        if not isinstance(refit, bool):
-            checks.one_of("refit", refit, ("layers",))
-        self.rescale, self.debias, self.refit, self.layers = rescale, debias, refit, layers
+        _one_of_or_a_boolean("rescale", rescale, "unit_variance", "layerwise", "closed_form")
+        _one_of_or_a_boolean("refit", refit, "layers")
+        if layers is not None and (isinstance(layers, str) or not isinstance(layers, Sequence)):
+            raise TypeError(f"`layers` must be None or a list of names; got {layers!r}.")
+        self.rescale, self.debias, self.refit, self.layers = rescale, checks.boolean("debias", debias), refit, layers
         self.column_weights = None if column_weights is None else _checked_weights(column_weights)
         self.knee = knee if knee == math.inf else checks.positive("knee", knee)
         self.rank = None if rank is None else checks.positive_integer("rank", rank)
@@ -137,9 +138,9 @@ class SIM:
             teacher: A feed-forward network: one kind of activation, and between activations what is affine. It is left
                 as it was.
             loader: Yields batches of inputs, or of pairs ``(inputs, labels)``; labels are not used.
-            target_sparsity: Part of the teacher's number of weights that must not be kept, in (0, 1). The smallest
-                ``lam`` that leaves so few is searched, starting from the present one, and stays in :attr:`lam`; each
-                trial is a fit, warm-started from the one before.
+            target_sparsity: Part of the teacher's number of weights that must not be kept, in (0, 1). A ``lam`` that
+                leaves no more than the rest, and at least nine tenths of it where there is one, is searched from the
+                present one on, and stays in :attr:`lam`; each trial is a fit, warm-started from the one before.
 
         Returns:
             ``self``.
@@ -160,10 +161,16 @@ class SIM:
                 "`target_sparsity` searches lam, on which weights that match exactly do not depend; "
                 "leave it out, or try exact=False."
             )
-        recorded = record(teacher, loader, self.layers)
-        if target_sparsity is None:
-            return self.fit_recorded(recorded, loader)
-        return self._search(recorded, loader, 1 - checks.in_open_unit("target_sparsity", target_sparsity))
+        if target_sparsity is not None and not self.solver.shrinks:
+            raise ValueError(
+                f"`target_sparsity` searches lam, on which the weights of {self.solver!r} do not depend; leave it "
+                "out, or use another solver."
+            )
+        with torch.inference_mode(False):  # the model is to be trained further, wherever it was fitted
+            recorded = record(teacher, loader, self.layers)
+            if target_sparsity is None:
+                return self.fit_recorded(recorded, loader)
+            return self._search(recorded, loader, 1 - checks.in_open_unit("target_sparsity", target_sparsity))
 
     def fit_recorded(self, recorded: Recorded, loader: Iterable[Any], near: "SIM | None" = None) -> "SIM":
         """Fit to what was recorded before; ``near`` is a fit with another ``lam``, from which the rows start."""
@@ -188,6 +195,12 @@ class SIM:
                 enough, high = near, lam
             else:
                 low = lam
+                if not bool(near.certificate_.states.W.any() or near.certificate_.outputs.W.any()):
+                    kept_anyway = near.certificate_.weights_kept.total
+                    raise ValueError(
+                        f"`target_sparsity` of {1 - most:g} cannot be reached: {kept_anyway} weights of C carry the "
+                        "constants of the outputs, and stay."
+                    )
             if enough is not None and (_CLOSE * most <= kept <= most or high < _SAME * low):
                 break
             # Weights kept fall about like the root of lam; never further than ten times at once.
@@ -212,8 +225,9 @@ class SIM:
         """Return the outputs of :attr:`model_` for inputs, without a gradient."""
         model = self._fitted()
         with torch.no_grad():
-            flat = checks.floating_tensor("u", u).to(model.B)
-            prediction: Tensor = model(flat.flatten(1) if flat.dim() > 1 else flat)
+            u = checks.floating_tensor("u", u).to(model.B)
+            batch = u.dim() > 1 and u[0].numel() == model.input_dim  # of samples of any shape, as in a loader
+            prediction: Tensor = model(u.flatten(1) if batch else u)
         return prediction
 
     def score(self, loader: Iterable[Any]) -> float:
@@ -244,6 +258,14 @@ class SIM:
         return self.model_
 
 
+def _one_of_or_a_boolean(name: str, value: object, *choices: str) -> None:
+    if not isinstance(value, bool) and value not in choices:
+        named = ", ".join(map(repr, choices))
+        raise ValueError(f"`{name}` must be True, False or one of {named}; got {value!r}.")
+
+
 def _checked_weights(column_weights: Sequence[float] | Tensor) -> tuple[float, ...]:
+    if not isinstance(column_weights, (Sequence, Tensor)):
+        raise TypeError(f"`column_weights` must be one factor for each column; got {column_weights!r}.")
     weights = column_weights.tolist() if isinstance(column_weights, Tensor) else list(column_weights)
     return tuple(checks.non_negative("column_weights", weight) for weight in weights)

@@ -37,7 +37,7 @@ class Cardinality(AbstractRowSolver):
 
     Args:
         keep: Most weights to keep; with ``per="all"`` also the part of the teacher's number of weights, in (0, 1).
-            What carries the constants of a teacher with biases counts.
+            What carries the constants of a teacher with biases counts, and is kept even where that is more.
         per: Whether ``keep`` counts the weights of each row, of each matrix (``[A B]`` and ``[C D]``, or each layer's
             if these are fitted one after the other), or of all together. These are then shared out by what a weight
             explains, with each matrix counting as much as another.

@@ -69,16 +69,15 @@ def test_the_rate_at_the_end_is_that_of_the_map():
     assert 0.3 < result.rate < 0.75
 
 
-def test_while_steps_do_not_shrink_tests_come_soon_after_each_other():
-    # At rounding just above the tolerance a long burst would spend the budget before another method is tried.
+def test_while_steps_do_not_shrink_some_of_the_budget_is_left_for_another_method():
+    # At rounding just above the tolerance a long burst would spend all of it before that is tried.
     A = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)  # turns: every step is as long as the last
     problem = AffineMap(Dense, activations.identity).at((torch.ones(1, 2, dtype=torch.float64), A))
-    solver, spent = Picard(), 0
+    solver, spent = Picard(atol=1.0), 0
     state, _ = solver.init(problem, None)
-    costs = []
-    while spent < 200:
-        state, cost = solver.step(problem, state, 300 - spent)
+    while spent < 250:
+        left = 300 - spent
+        state, cost = solver.step(problem, state, left)
         spent += cost
-        costs.append(cost)
+        assert cost <= max(left // 4, 2)
     assert state.remaining == float("inf")
-    assert max(costs) <= 8

@@ -35,7 +35,7 @@ class PicardState(NamedTuple):
         return self.residual * (self.residual / (self.before - self.residual).clamp_min_(tiny))
 
 
-_UNSURE = 8  # steps between tests while steps do not shrink
+_ROUNDING = 4  # steps of so many tolerances that do not shrink are rounding, or nearly
 _LONGEST_PLAN = 16  # a rate that needs more calls for an early test: another method may be due
 
 
@@ -71,8 +71,8 @@ class Picard(AbstractFixedPointSolver):
     def step(self, problem: Problem, state: PicardState, budget: int) -> tuple[PicardState, int]:
         """Apply the map as often as is expected to be needed, at most as often as until now, then test."""
         longest = _LONGEST_PLAN if state.spent == 1 else min(max(state.spent, 4), 64)
-        if state.remaining == math.inf:  # a transient that grows, or rounding: look again soon
-            longest = min(longest, _UNSURE)
+        if state.remaining == math.inf and state.worst < _ROUNDING:  # another method may need what is left
+            longest = min(longest, max(budget // 4, 1))
         steps = min(int(min(max(state.remaining, 1), longest)), budget)
         x, sizes = self._burst(problem, state, steps)
         ratios = sizes / state.tolerance

@@ -163,13 +163,13 @@ def test_the_call_of_the_documentation_trains():
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     u = random(16, 12, 1, dtype=torch.float32)
     y, losses = u.sum(1), []
-    for _ in range(30):
+    for _ in range(100):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(u), y)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.1 * losses[0]
 
 
 def test_parameters_are_those_of_implicit_models_and_a_linear_map():
@@ -206,6 +206,13 @@ def test_a_new_model_remembers_for_a_while_and_does_not_blow_up(n):
         )
     assert late < 1e-2 * soon
     assert soon > 1e-2
+
+
+def test_a_new_state_matrix_of_low_rank_is_no_larger_than_one_of_full_rank():
+    # In its singular values: the same entries would be gathered in a few directions, and contract less.
+    full, low = (model_of(o, hidden_dim=30, implicit_hidden_dim=60) for o in ({}, {"low_rank": True, "rank": 2}))
+    norms = [float(torch.linalg.matrix_norm(m.cells[0].model.state_matrix().detach(), 2)) for m in (full, low)]
+    assert 0.2 * norms[0] < norms[1] < norms[0]
 
 
 # --- what it computes -----------------------------------------------------------------------------------------------
@@ -341,7 +348,7 @@ def test_a_cell_takes_any_batch_and_starts_from_zeros(batch):
 
 # --- lengths --------------------------------------------------------------------------------------------------------
 
-LENGTHS = [3, 7, 1, 7, 2]
+LENGTHS = [3, 5, 1, 5, 2]
 
 
 def ragged(dtype=torch.float64):
@@ -370,7 +377,7 @@ def test_each_sequence_of_a_batch_is_what_it_is_alone(options):
         assert bool((y[i, len(sequence) :] == 0).all())
     unpacked, lengths = pad_packed_sequence(packed_y, batch_first=True)
     assert lengths.tolist() == LENGTHS
-    close(unpacked, y[:, :7])
+    close(unpacked, y[:, :5])
     model.return_sequence = False
     last = model(padded(sequences, 5.0), h0, torch.tensor(LENGTHS))
     alone = torch.stack([model(s[None], h0[:, i : i + 1])[0] for i, s in enumerate(sequences)])
@@ -410,7 +417,7 @@ def test_a_sorted_pack_and_one_without_indices_work(bidirectional):
     y = model(packed)
     assert isinstance(y, PackedSequence)
     lengths = [len(s) for s in sequences]
-    close(pad_packed_sequence(y, batch_first=True)[0], model(padded(sequences, 0.0), lengths=lengths)[:, :7])
+    close(pad_packed_sequence(y, batch_first=True)[0], model(padded(sequences, 0.0), lengths=lengths)[:, :5])
 
 
 def test_the_solution_says_nothing_failed_where_a_sequence_has_ended():
@@ -482,16 +489,21 @@ def pure(model, lengths=None):
         weights = dict(zip(named, values, strict=True))
         return functional_call(model, weights, (u, h0, lengths), {"return_state": True})
 
-    u, h0 = random(2, 4, P), 0.5 * random(len(model.cells), 2, H, seed=2)
+    u, h0 = random(2, 3, P), 0.5 * random(len(model.cells), 2, H, seed=2)
     return function, [t.detach().clone().requires_grad_() for t in (u, h0, *named.values())]
 
 
 SMOOTH = {name: o for name, o in OPTIONS.items() if name not in ("PReLU", "no direct term")}
 
 
-@pytest.mark.parametrize("lengths", [None, [2, 4]], ids=["even", "ragged"])
-@pytest.mark.parametrize("options", SMOOTH.values(), ids=SMOOTH.keys())
-def test_first_and_second_derivatives_agree_with_finite_differences(options, lengths):
+CHECKED = [(name, [1, 3]) for name in SMOOTH] + [
+    (name, None) for name in ("default", "rank 2", "silu", "bidirectional")
+]
+
+
+@pytest.mark.parametrize(("name", "lengths"), CHECKED, ids=str)
+def test_first_and_second_derivatives_agree_with_finite_differences(name, lengths):
+    options = SMOOTH[name]
     function, leaves = pure(model_of(options, return_sequence=True), lengths)
     settings = {"eps": 1e-6, "atol": 1e-5, "fast_mode": True, "check_undefined_grad": False}
     # torch cannot nest its forward mode in a dual level, so that maps known only as functions do not offer the latter.
@@ -503,13 +515,13 @@ def test_first_and_second_derivatives_agree_with_finite_differences(options, len
 @pytest.mark.parametrize("return_sequence", [False, True])
 @over_few
 def test_undefined_gradients_are_zeros(options, return_sequence):
-    function, leaves = pure(model_of(options, return_sequence=return_sequence), [2, 4])
+    function, leaves = pure(model_of(options, return_sequence=return_sequence), [1, 3])
     assert gradcheck(function, leaves, eps=1e-6, atol=1e-5, fast_mode=True, check_undefined_grad=True)
 
 
 @over_few
 def test_jacobians_of_both_modes_and_hessian_vector_products_agree(options):
-    function, leaves = pure(model_of(options), [2, 4])
+    function, leaves = pure(model_of(options), [1, 3])
     tensors = [leaf.detach() for leaf in leaves]
     every = tuple(range(len(tensors)))
 
@@ -722,6 +734,36 @@ def test_a_stiff_model_is_as_exact_as_it_says(smooth):
     assert float((solution.x - true.x).detach().abs().max()) <= 1e-8 * 100
     assert float((y - true_y).detach().abs().max()) <= 1e-8 * 100
     assert float(true.x.detach().abs().max()) > 1
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("row_sum", [0.5, 0.9, 0.99])
+def test_an_error_that_hardly_changing_inputs_hide_is_not_left_over(row_sum, activation):
+    tol, n, times, batch = 1e-6, 40, 48, 32
+    worst = 0.0
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = ImplicitRNN(2, 1, 10, n, activation=activation, tol=tol, mitr=3000, kappa=0.9999).double()
+        matrices = model.cells[0].model
+        with torch.no_grad():
+            A = random(n, n, seed=seed).abs()
+            matrices.A.copy_(A * row_sum / A.sum(1, keepdim=True))
+            matrices.C.mul_(1.02 - row_sum)
+            matrices.D.mul_(0.5)
+            drift = torch.linspace(0, 1e-3, times, dtype=torch.float64)[None, :, None]
+            u = 1 + drift + 0.5 * random(batch, 1, 2, seed=seed + 9)
+            _, solution = model(u, return_solution=True)
+            h = solution.x[0] @ matrices.C.T  # the outputs that the states were computed from, again from them
+            outputs = [u.new_zeros(batch, 10)]
+            for t in range(times):
+                both = torch.cat((u[:, t], outputs[-1]), 1)
+                outputs.append(h[:, t] + both @ matrices.D.T)
+            both = torch.cat((u, torch.stack(outputs[:-1], 1)), -1)
+            exact = ImplicitFunctionInf(activation=activation, kappa=0.9999, solver=Newton(1e-13, 0.0, 3000))
+            error = solution.x[0] - exact(matrices.A, matrices.B, both)
+        assert bool(solution.converged.all())
+        worst = max(worst, float(error.abs().max()))
+    assert worst < 1.5 * tol
 
 
 @pytest.mark.parametrize("rows", [0.9, 0.99, 0.999])

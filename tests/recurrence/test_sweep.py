@@ -1,5 +1,7 @@
 """How a sweep solves the times: what it foresees decides when it looks, never what it finds."""
 
+import math
+
 import pytest
 import torch
 
@@ -92,7 +94,7 @@ def test_linear_equations_of_low_rank_are_solved_directly_up_to_rank_4(timeline,
     pairs, last = by_hand(steps)
     torch.testing.assert_close(swept.trajectory, pairs, rtol=0, atol=1e-11)
     torch.testing.assert_close(swept.last, last, rtol=0, atol=1e-11)
-    assert int(swept.steps.max()) == 2 if rank <= 4 else int(swept.steps.max()) > 2
+    assert (int(swept.steps.max()) == 1) == (rank <= 4)
 
 
 def test_a_direct_solve_that_loses_its_digits_is_seen_and_repaired(monkeypatch):
@@ -105,7 +107,7 @@ def test_a_direct_solve_that_loses_its_digits_is_seen_and_repaired(monkeypatch):
     swept = sweep(steps, Adaptive(1e-12))
     torch.testing.assert_close(swept.trajectory, by_hand(steps)[0], rtol=0, atol=1e-11)
     assert int(swept.steps.max()) > 2
-    assert int(swept.steps[-1]) == 2
+    assert int(swept.steps[-1]) == 1
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -117,6 +119,10 @@ def test_a_wrong_plan_costs_steps_and_nothing_else(monkeypatch, count, warm):
         def succeeded(self, before, last, error):
             super().succeeded(before, last, error)
             self.count, self.warm = count, warm
+
+        def failed(self, before, last, error):
+            super().failed(before, last, error)
+            self.count += 20  # else it would never get on
 
         def solved(self, taken, rate):
             super().solved(taken, rate)
@@ -186,3 +192,14 @@ def test_a_plan_starts_where_the_time_before_ended_only_if_that_is_close():
     plan.drifted(change=0.5, size=1.0)
     assert not plan.warm
     assert plan.count == 6
+
+
+def test_a_plan_asks_for_more_as_the_rate_says_and_leaves_a_lost_cause_to_the_solver():
+    plan = Plan(max_steps=100, longest=32, rate=None, count=5)
+    plan.failed(before=10.0, last=5.0, error=4.0)
+    assert plan.count == 5 + 3  # two halvings, and one to be sure
+    assert plan.foresees
+    for numbers in ((1.0, 2.0, math.inf), (math.nan, math.nan, math.nan), (1.0, 0.999, 1e9)):
+        plan = Plan(max_steps=100, longest=32, rate=None, count=5)
+        plan.failed(*numbers)
+        assert not plan.foresees

@@ -1,5 +1,6 @@
 """ImplicitRNN and its cell: sequences in which each hidden state comes from an equilibrium."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from idl import checks
 from idl.activations import Activation
 from idl.functions import ImplicitFunction, ImplicitFunctionInf
+from idl.linalg.operators import Factored
 from idl.nn.implicit_model import ImplicitModel
 from idl.nn.packing import Packing, pack
 from idl.recurrence.timeline import Timeline
@@ -83,6 +85,7 @@ class ImplicitRNNCell(nn.Module):
             bias=bias,
             direct=direct,
         )
+        self._shrink_factors()
 
     @property
     def f(self) -> ImplicitFunction:
@@ -90,8 +93,13 @@ class ImplicitRNNCell(nn.Module):
         return self.model.f
 
     def reset_parameters(self) -> None:
-        """Draw new parameters, as :class:`~idl.ImplicitModel` does."""
+        """Draw new parameters.
+
+        As :class:`~idl.ImplicitModel` does; but an ``A`` of low rank starts with singular values, not entries, as large
+        as those of a full one. In a recurrence its few directions would otherwise feed themselves at every step.
+        """
         self.model.reset_parameters()
+        self._shrink_factors()
 
     def forward(
         self,
@@ -136,6 +144,14 @@ class ImplicitRNNCell(nn.Module):
     def extra_repr(self) -> str:
         """Return what ``repr`` shows between the parentheses."""
         return f"{self.input_dim}, {self.hidden_dim}, {self.implicit_hidden_dim}"
+
+    def _shrink_factors(self) -> None:
+        if self.model.rank is None or self.model.rank == self.implicit_hidden_dim:
+            return
+        with torch.no_grad():
+            admitted = self.f.state_matrix((self.model.L, self.model.R))
+            if isinstance(admitted, Factored):
+                self.model.L.copy_(admitted.left * math.sqrt(self.model.rank / self.implicit_hidden_dim))
 
 
 class ImplicitRNN(nn.Module):

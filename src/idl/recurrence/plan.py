@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-FEWEST = 3  # applications that tell two differences, and so a rate
+_FEWEST = 3  # applications that tell two differences, and so a rate
+_FIRST = 8  # applications where nothing is known yet
 _MOST = 16  # a time that takes more is better looked at while it is solved
 _MARGIN = 0.3  # of an application, by which the next times may be harder than the last ones
 
@@ -21,9 +22,9 @@ class Plan:
     max_steps: int
     longest: int
     rate: float | None
-    count: int = 0
-    """Applications of a time; 0 where nothing is known."""
-    ahead: int = 2
+    count: int = _FIRST
+    """Applications of a time."""
+    ahead: int = 1
     """Times before the next test."""
     warm: bool = False
     """Whether to start from the time before; else from zero, which saves the product of the first application."""
@@ -37,12 +38,12 @@ class Plan:
 
     @property
     def foresees(self) -> bool:
-        """Whether it is known how many applications the next time takes, and these are few."""
-        return FEWEST <= self.count <= min(_MOST, self.max_steps)
+        """Whether the next time is expected to take few applications, and no more than it may."""
+        return _FEWEST <= self.count <= min(_MOST, self.max_steps)
 
     def solved(self, count: int, rate: float | None) -> None:
         """Take note of a time that took ``count`` applications by the solver."""
-        self.count = max(FEWEST, count)
+        self.count = max(_FEWEST, count)
         if rate is not None:
             self._measured(rate)
 
@@ -59,12 +60,15 @@ class Plan:
             self.count += math.ceil(math.log(error) / -math.log(rate) + _MARGIN)
         else:
             self.count -= 1
-        self.count = max(FEWEST, self.count)
+        self.count = max(_FEWEST, self.count)
 
-    def failed(self) -> None:
-        """Take note of a time that was not done after :attr:`count` applications."""
-        self.count += 1
+    def failed(self, before: float, last: float, error: float) -> None:
+        """Take note of times one of which was not done; the numbers are those of :meth:`succeeded`."""
         self.ahead = max(1, self.ahead // 4)
+        more = _MOST
+        if 0 < last < before and 1 < error < math.inf:
+            more = math.ceil(min(math.log(error) / -math.log(last / before) + 1, _MOST))
+        self.count += more
 
     def drifted(self, change: float, size: float) -> None:
         """Take note of how much the state changes from time to time, beside its size."""

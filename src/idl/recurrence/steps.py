@@ -115,7 +115,7 @@ class SlopedSteps(Steps):
 
     def judge(self, rows: slice, room: Tensor) -> MatrixProblem:
         """Return what knows norms and tolerances."""
-        return sloped_problem(self.state_matrix, self.slope[rows], room, self.order)
+        return sloped_problem(self.quick, self.slope[rows], room, self.order)
 
     def eased(self) -> "SlopedSteps":
         """Return equations that have the same solutions."""

@@ -152,13 +152,13 @@ class _Sweep:
             problem = self.steps.problem(self.steps.quick, self.rows[time], self._driven(time), rooms[at])
             slots = (older[at], before[at], self.xs[time])
             if self.direct:
-                problem.run_into(self.steps.solve(self.rows[time], rooms[at], out=before[at]), 1, slots)
+                self.steps.solve(self.rows[time], rooms[at], out=self.xs[time])
             elif self.plan.warm:
                 problem.run_into(self._before(p), count, slots)
             else:
                 problem.run_into(problem.start_into(slots[-count % 3]), count - 1, slots)
             self._hand_over(p)
-        self.taken[rows] = 2 if self.direct else count
+        self.taken[rows] = 1 if self.direct else count
         failed = self._test_direct(rows, work) if self.direct else self._test(rows, work, self.sizes[low])
         if places.stop < len(self.order):
             after = self.befores[self.order[places.stop]]
@@ -166,10 +166,9 @@ class _Sweep:
         if failed is None:
             return places.stop
         place = self.order.index(bisect_right(self.starts, rows.start + failed) - 1)
-        self.plan.failed()
-        count = self.plan.count
+        if not self.direct:  # with more applications, or by the solver
+            return place
         self._solve(place)
-        self.plan.count = max(self.plan.count, count)
         return place + 1
 
     def _test(self, rows: slice, work: Tensor, size: int) -> int | None:
@@ -191,10 +190,10 @@ class _Sweep:
         largest, last, worst, *drift = torch.stack(numbers).tolist()
         if not worst <= 1:
             error = error.where(sizes[1] > rounding_floor(judge, x, None, x.dtype), 0)
-            failed = self._first(error)
+            failed, worst = self._first(error), float(error.amax())
             if failed is not None:
+                self.plan.failed(largest, last, worst)
                 return failed
-            worst = float(error.amax())
         self.plan.succeeded(largest, last, worst)
         if drifts:
             self.plan.drifted(*drift)
@@ -205,13 +204,14 @@ class _Sweep:
         x = self.trajectory[rows, : work.shape[2]]
         _, before, room = work
         judge = self.steps.judge(rows, room)
-        torch.sub(x, before, out=before)
+        torch.sub(judge.apply_into(x, before), x, out=before)
         correction = self.steps.solve(rows, before)
         error = judge.norm(correction) / self.solver.tolerance(judge, x)
-        if float(error.amax()) <= 1:
-            self.plan.ahead = min(4 * self.plan.ahead, self.plan.longest)
-            return None
-        return self._first(error.where(judge.norm(before) > rounding_floor(judge, x, None, x.dtype), 0))
+        failed = None
+        if not float(error.amax()) <= 1:
+            failed = self._first(error.where(judge.norm(before) > rounding_floor(judge, x, None, x.dtype), 0))
+        self.plan.ahead = min(4 * self.plan.ahead, self.plan.longest) if failed is None else 1
+        return failed
 
     def _first(self, error: Tensor) -> int | None:
         """Return the first row in reading order whose error is not within its tolerance."""

@@ -58,7 +58,7 @@ class Settings:
     reference_rows: int = 8  # that cvxpy and scikit-learn solve; times are for all rows, extrapolated
     admm_steps: int = 50  # of the 1500 in torchidl's example; extrapolated
     example_steps: int = 1500
-    whole_steps: int = 1500  # of torchidl's ADMM where it makes a whole model
+    whole_steps: int = 300  # of torchidl's ADMM where it makes a whole model; 1,500 of them take over ten minutes
     # The forward of a sparse model: (hidden, inputs, outputs), part of the weights that is kept, samples.
     shapes: tuple[tuple[int, int, int], ...] = ((112, 784, 10), (256, 784, 10), (1000, 1000, 1000), (1024, 4096, 1024))
     densities: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)

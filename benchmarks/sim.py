@@ -27,16 +27,15 @@ from matplotlib.figure import Figure
 from measuring import Turns, environment, peak_bytes, timed_by_turns
 from sklearn.linear_model import Lasso
 from torch import Tensor, nn
-from torchidl import SIM as PeerSIM
 from torchidl.sim.solvers import ADMMSolver, LeastSquareSolver
 
-from idl import SIM, ImplicitFunction, ImplicitModel, data
+from idl import SIM, ImplicitModel, data
 from idl.nn import SparseImplicitModel
 from idl.sim import rescaling
 from idl.sim.capture import Teacher
 from idl.sim.moments import Moments, accumulate
 from idl.sim.problem import RowProblem
-from idl.sim.solvers import CVX, AbstractRowSolver, Cardinality, CoordinateDescent, Hybrid
+from idl.sim.solvers import CVX, AbstractRowSolver, CoordinateDescent, Hybrid
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class Settings:
     reference_rows: int = 8  # that cvxpy and scikit-learn solve; times are for all rows, extrapolated
     admm_steps: int = 50  # of the 1500 in torchidl's example; extrapolated
     example_steps: int = 1500
-    whole_steps: int = 300  # of torchidl's ADMM where it makes a whole model; 1,500 of them take over ten minutes
     # The forward of a sparse model: (hidden, inputs, outputs), part of the weights that is kept, samples.
     shapes: tuple[tuple[int, int, int], ...] = ((112, 784, 10), (256, 784, 10), (1000, 1000, 1000), (1024, 4096, 1024))
     densities: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
@@ -69,7 +67,7 @@ class Settings:
         """Return the same at toy size."""
         return replace(
             self, dataset="digits", samples=(1000, 500), lams=(1e-2, 1e-3), epochs=10, repeats=1, admm_steps=5,
-            whole_steps=20, reference_rows=2, shapes=((500, 500, 10),), densities=(0.05, 0.2), batches=(1, 32),
+            reference_rows=2, shapes=((500, 500, 10),), densities=(0.05, 0.2), batches=(1, 32),
             turns=Turns(seconds=1, fewest=1, most=1, warm=1, timed=2),
         )  # fmt: skip
 
@@ -294,53 +292,6 @@ def is_compressed(matrix: Any) -> bool:
     return bool(tensor.layout == torch.sparse_csr)
 
 
-def measure_whole(
-    settings: Settings, teacher: nn.Module, inputs: Tensor, test: tuple[Tensor, Tensor]
-) -> list[dict[str, Any]]:
-    """Time SIM from teacher to model, ours and torchidl's, and judge the models."""
-    lam, m = settings.peer_lam, len(inputs)
-    batches = inputs.split(2000)
-
-    def theirs(solver: Any) -> ImplicitModel:
-        peer = PeerSIM(activation_fn=torch.relu, kappa=settings.kappa)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            peer.train(solver=solver, model=teacher, dataloader=[(batch, None) for batch in batches])
-        A, B, C, D = (torch.as_tensor(peer.weights[name]) for name in "ABCD")
-        f = ImplicitFunction(on_failure="ignore")
-        model = ImplicitModel(len(A), B.shape[1], D.shape[0], f=f)
-        model.load_state_dict({"A": A, "B": B, "C": C if C.shape[0] == len(D) else C.T, "D": D})
-        return model
-
-    admm = ADMMSolver(
-        num_epoch_ab=settings.whole_steps, num_epoch_cd=settings.whole_steps, lambda_z=lam * m, lambda_y=lam * m,
-        rho_ab=1.0, rho_cd=1.0,
-    )  # fmt: skip
-    contestants: dict[str, Callable[[], ImplicitModel]] = {
-        f"ours, l1, lam = {lam:g}": lambda: SIM(lam=lam).fit(teacher, batches).model_,
-        "ours, 15 % kept, by layers": lambda: SIM(Cardinality(keep=0.15), refit="layers").fit(teacher, batches).model_,
-        f"torchidl ADMM, lam = {lam:g}": lambda: theirs(admm),
-        "torchidl LeastSquare": lambda: theirs(LeastSquareSolver()),
-    }
-    results = []
-    for name, fit in contestants.items():
-        seconds, model = timed(fit, 1)
-        with torch.no_grad():
-            _, solution = model(test[0], return_solution=True)
-        kept = sum(int(getattr(model, matrix).count_nonzero()) for matrix in "ABCD")
-        results.append(
-            {
-                "name": name,
-                "seconds": seconds,
-                "accuracy": accuracy(model, test),
-                "kept": kept / sum(parameter.numel() for parameter in teacher.parameters()),
-                "max_row_sum": float(model.A.detach().double().abs().sum(1).max()),
-                "unconverged": float((~solution.converged).double().mean()),
-            }
-        )
-        print(f"  whole {results[-1]}", flush=True)
-    return results
-
-
 def measure_memory(settings: Settings, teacher: nn.Module, inputs: Tensor) -> list[dict[str, Any]]:
     """Take the most memory that a whole fit holds beside its inputs, in batches of 2,000."""
     batches = {samples: inputs[:samples].split(2000) for samples in sorted(settings.samples)}
@@ -356,7 +307,6 @@ def run(settings: Settings) -> dict[str, Any]:
     teacher, inputs, test = trained_teacher(settings)
     results: dict[str, Any] = {
         "teacher_accuracy": accuracy(teacher, test),
-        "whole": measure_whole(settings, teacher, inputs, test),
         "memory": measure_memory(settings, teacher, inputs),
     }
     results |= {name: [] for name in ("moments", "rows", "peers", "growth", "forward")}
@@ -433,14 +383,6 @@ def markdown(results: dict[str, Any], described: dict[str, Any]) -> str:
                 if (tuple(row["shape"]), row["batch"]) == (shape, batch)
             ]
             lines.append(f"| {', '.join(map(str, shape))} | {batch:,} | " + " | ".join(cells) + " |")
-    lines += ["", f"From teacher to model, {max(described['threads'])} threads:", ""]
-    lines += ["| method | seconds | test accuracy | weights kept | max row sum | samples without an equilibrium |"]
-    lines += ["|---|---:|---:|---:|---:|---:|"]
-    lines += [
-        f"| {row['name']} | {row['seconds']:.1f} | {100 * row['accuracy']:.2f} % | {100 * row['kept']:.0f} % | "
-        f"{row['max_row_sum']:.3f} | {100 * row['unconverged']:.0f} % |"
-        for row in results["whole"]
-    ]
     lines += ["", "Most memory that a whole fit holds beside its inputs:", "", "| samples | MiB |", "|---:|---:|"]
     lines += [f"| {row['samples']:,} | {row['bytes'] / 2**20:.1f} |" for row in results["memory"]]
     return "\n".join(lines) + "\n"
@@ -473,7 +415,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")  # of peers
     results = run(settings)
     described = environment(("torch", "numpy", "implicit-deep-learning", "torchidl", "cvxpy", "scikit-learn"))
-    described["threads"] = settings.threads
     text = markdown(results, described)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("sim_smoke" if options.smoke else "sim")

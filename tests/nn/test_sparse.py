@@ -120,7 +120,8 @@ def test_no_warning_of_torch_reaches_the_user(eager_to_compress):
         warnings.simplefilter("error")
         model, _ = sparse()
         with torch.no_grad():
-            model(inputs(6, 40))
+            assert model(inputs(6, 40)).shape == (6, 20)
+    assert isinstance(in_use(model)[0], Sparse)
 
 
 # --- when compressed rows are used ----------------------------------------------------------------------------------

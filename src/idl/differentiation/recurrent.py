@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,10 +66,9 @@ def trajectory(
 class _SequenceReport(FailureReport):
     """Counts states and the sequences that they belong to."""
 
-    timeline: Timeline | None = None
+    timeline: Timeline = field(kw_only=True)
 
     def _counted(self, failed: Tensor) -> str:
-        assert self.timeline is not None
         places = torch.cat([torch.arange(size) for size in self.timeline.sizes])
         sequences = len(torch.bincount(places[failed.cpu()]).nonzero())
         return f"{int(failed.sum())} of {len(failed)} states, in {sequences} of {self.timeline.batch} sequences,"
@@ -83,7 +82,7 @@ class _Trajectory(torch.autograd.Function):
         call.rate = swept.rate
         if not swept.all_converged:
             result = Iterate(swept.trajectory[:, : len(steps.B)], swept.steps, swept.converged, False, None)
-            report = _SequenceReport(call.report.on_failure, call.report.advice, call.recurrence.timeline)
+            report = _SequenceReport(call.report.on_failure, call.report.advice, timeline=call.recurrence.timeline)
             report(result, call.solver, steps.together(swept.trajectory), call.subject)
         return swept[:4]
 

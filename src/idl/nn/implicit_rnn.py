@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -316,9 +316,7 @@ class ImplicitRNN(nn.Module):
         return f"{sizes}, num_layers={self.num_layers}, {flags}, return_sequence={self.return_sequence}"
 
     def _cell(self, i: int) -> ImplicitRNNCell:
-        cell = self.cells[i]
-        assert isinstance(cell, ImplicitRNNCell)
-        return cell
+        return cast(ImplicitRNNCell, self.cells[i])
 
     def _first_states(self, h0: Tensor | None, rows: Tensor, packing: Packing) -> Tensor:
         shape = (

@@ -99,15 +99,14 @@ class SparseImplicitModel(ImplicitModel):
     def _compress(self, matrices: Mapping[str, Tensor], made_of: "_State") -> "_Compressed":
         """Return the matrices as inference multiplies with them: in compressed rows where that pays."""
         on = self._masked(matrices)
-        B, C, D = (compressed(m) if m is not None and compression_pays(m) else m for m in map(on.get, "BCD"))
-        assert B is not None and C is not None
+        B, C, *direct = (compressed(on[m]) if compression_pays(on[m]) else on[m] for m in "BCD" if m in on)
         A: StateParameters = _of_states(on)
         # Without a derivative autograd has to see A.
         if self.rank is None and compression_pays(on["A"]) and self.f.activation.derivative is not None:
             admitted = self.f.state_matrix(A)
             if type(admitted) is Dense:  # a triangular matrix has a substitution of its own
                 A = Sparse(compressed(admitted.matrix))
-        return _Compressed(made_of, A, B, C, D)
+        return _Compressed(made_of, A, B, C, direct[0] if direct else None)
 
     @property
     def _state_parameters(self) -> StateParameters:

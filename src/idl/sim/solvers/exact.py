@@ -7,16 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from idl import checks
 from idl.sim.problem import RowProblem
 from idl.sim.solvers.base import AbstractRowSolver, RowSolution
 from idl.sim.solvers.cvx import cvxpy_or_advice
+from idl.sim.solvers.exact_bound import lower_bound, scalings
 
 _TOLERANCES = (1e-11, 1e-9, 1e-7)  # of CLARABEL, the next where one was not reached
-_BISECTIONS = 100
 _CUT = 0.1  # part of what is rounding that may be cut; errors grow up to 1 / (1 - kappa) times in an equilibrium
 _AT_THE_BALL = 1e-6  # part of the radius by which a sum at the bound may be below it
 _NULL = 1e-12  # square of the singular value, of equations of size 1, that is none
@@ -254,7 +253,7 @@ class _Program:
         the smaller of the two, each in its unit, is the one that vanishes.
         """
         y, _ = self._dual(i, point)
-        _, mu = _lower_bound(self.problem, y, 0.0, 1.0)
+        _, mu = lower_bound(self.problem, y, 0.0, 1.0)
         problem = self.problem
         prices = problem.penalty.clone()
         prices[: problem.ball] += mu
@@ -304,7 +303,7 @@ class _Program:
         x, columns = self.support(i, point)
         everything = torch.arange(len(x))
         y, value = self._dual(i, point)
-        bound = max(_lower_bound(self.problem, y, value, s)[0] for s in _scalings(self.problem, y))
+        bound = max(lower_bound(self.problem, y, value, s)[0] for s in scalings(self.problem, y))
         for start, chosen in ((x, columns), (point.x, everything)):
             for cut in (True, False):
                 w, missed = self._fitted(i, start, chosen, rounding if cut else None)
@@ -353,62 +352,6 @@ def _missed(F: Tensor, target: Tensor) -> Tensor:
     # What the columns from the next one on explain, and what none does: no difference of large numbers.
     following = torch.cat((parts.square().flip(0).cumsum(0).flip(0)[1:], parts.new_zeros(1)))
     return following + (target - basis @ parts[independent]).square().sum()
-
-
-def _scalings(problem: RowProblem, y: Tensor) -> list[float]:
-    """Return factors of the multipliers that may be best: 1, the largest that is feasible, where the ball joins."""
-    inside = torch.arange(len(y)) < problem.ball
-    kinks = torch.where(y > 0, problem.penalty / y, torch.inf)
-    flat = _flat(problem)
-    most = float(torch.where(flat & ~inside, kinks, torch.inf).amin()) * (1 - 4 * _EPS) if len(y) else math.inf
-    first = float(torch.where(inside, kinks, torch.inf).amin()) if problem.ball else math.inf
-    return [s for s in (min(1.0, most), most, min(first, most)) if math.isfinite(s)]
-
-
-def _lower_bound(problem: RowProblem, y: Float[Tensor, " d"], value: float, s: float) -> tuple[float, float]:
-    r"""Return the dual function at :math:`s\theta`, at least 0, and the ball's price :math:`\mu` there.
-
-    .. math:: s\,\theta^T z - \kappa \mu - \sum_j f_j^*((s|S^T\theta|_j - \mu_j)_+), \quad
-              f_j(w) = p_j h(|w|) + \tfrac{r_j}{2} w^2
-
-    with :math:`\mu_j = \mu` inside the ball and 0 outside. It is concave in :math:`\mu`, and best where the maximisers
-    of the conjugates inside sum to :math:`\kappa`. Outside, columns whose conjugate is infinite limit ``s``.
-    """
-    y, ball, flat = s * y, problem.ball, _flat(problem)
-    inside = y[:ball]
-    mu = 0.0
-    if ball:
-        mu = float(torch.where(flat[:ball], inside - problem.penalty[:ball], 0).amax().clamp_min(0))
-        high = max(mu, float(inside.amax()))
-        for _ in range(_BISECTIONS):
-            middle = (mu + high) / 2
-            if float(_maximisers(problem, slice(None, ball), (inside - middle).clamp_min(0)).sum()) > problem.radius:
-                mu = middle
-            else:
-                high = middle
-            if high - mu <= _EPS * high:
-                break
-        if float(_maximisers(problem, slice(None, ball), (inside - mu).clamp_min(0)).sum()) > problem.radius:
-            mu = high
-    y[:ball] = (inside - mu).clamp_min(0)
-    w = _maximisers(problem, slice(None), y)
-    conjugate = float(y @ w - problem.cost(w[None])[0])
-    return max(s * value - problem.radius * mu - conjugate, 0.0) if ball else max(s * value - conjugate, 0.0), mu
-
-
-def _maximisers(problem: RowProblem, part: slice, y: Tensor) -> Tensor:
-    """Return the sizes at which ``y w`` less the penalty is largest; 0 for columns where that is 0 or infinite."""
-    p, knee = problem.penalty[part], problem.knee
-    ridge = torch.zeros_like(p) if problem.ridge is None else problem.ridge[part]
-    within = torch.where(ridge > 0, (y - p).clamp_min(0) / ridge, torch.where(y > p, torch.inf, 0))
-    beyond = y / (p / knee + ridge) if knee < math.inf else within
-    return torch.where(_flat(problem)[part], 0, torch.where(within > knee, beyond, within))
-
-
-def _flat(problem: RowProblem) -> Tensor:
-    """Return which columns have a penalty that grows like their size for ever."""
-    straight = torch.full_like(problem.penalty, problem.knee == math.inf, dtype=torch.bool) | (problem.penalty == 0)
-    return straight if problem.ridge is None else straight & (problem.ridge == 0)
 
 
 def _on_cpu(problem: RowProblem) -> RowProblem:

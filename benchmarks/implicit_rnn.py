@@ -1,6 +1,6 @@
-"""Measure ImplicitRNN beside torchidl's, nn.GRU and nn.RNN.
+"""Measure ImplicitRNN beside torchidl's, nn.GRU and nn.RNN, and parallel in time beside one after another.
 
-    make bench-rnn                                # all of it, about five minutes
+    make bench-rnn                                # all of it, about fifteen minutes
     make bench-rnn ARGS="--smoke"                 # every section at toy size, in seconds
     make bench-rnn ARGS="--threads 1 --out runs/mine"
 
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,18 @@ class Settings:
     seed: int = 0
     shapes: tuple[Shape, ...] = (Shape(100, 60, 22, 20, 2), Shape(100, 60, 128, 64), Shape(64, 256, 128, 128))
     stiff: tuple[Shape, ...] = (Shape(100, 60, 22, 20), Shape(100, 60, 128, 64))
+    states: tuple[int, ...] = (4, 8, 16)
+    times: tuple[int, ...] = (100, 1000, 10_000)
+    batches: tuple[int, ...] = (1, 16)
+    long_turns: Turns = Turns(seconds=8, fewest=2, most=20, warm=0, timed=1)  # noqa: RUF009, it is immutable
     turns: Turns = Turns(seconds=20, fewest=5, most=20, warm=1, timed=3)  # noqa: RUF009, it is immutable
 
     def smoke(self) -> "Settings":
         """Return the same at toy size."""
         tiny = (Shape(4, 5, 6, 5, 2), Shape(4, 5, 6, 5))
-        return replace(self, shapes=tiny, stiff=tiny[1:], turns=Turns(seconds=1, fewest=1, most=1, warm=1, timed=2))
+        turns = Turns(seconds=1, fewest=2, most=2, warm=0, timed=1)
+        long = {"states": (4,), "times": (10, 30), "batches": (1, 2), "long_turns": turns}
+        return replace(self, shapes=tiny, stiff=tiny[1:], turns=replace(turns, warm=1), **long)
 
 
 class LastStep(nn.Module):
@@ -141,12 +148,43 @@ def measure_stiff(settings: Settings) -> list[dict[str, Any]]:
     return results
 
 
+def measure_parallel(settings: Settings) -> list[dict[str, Any]]:
+    """Time training steps on long sequences, solved one time after another and all times together.
+
+    Fresh models, whose recurrence hardly forgets, and the same with B and D halved, whose recurrence does.
+    """
+    results = []
+    for halved, n, batch, time in product((True, False), settings.states, settings.batches, settings.times):
+        models = {}
+        for parallel in (False, True):
+            torch.manual_seed(settings.seed)
+            model = ImplicitRNN(1, 1, n, n, activation="tanh", parallel_in_time=parallel)
+            if halved:
+                with torch.no_grad():
+                    for matrix in (model.cells[0].model.B, model.cells[0].model.D):
+                        matrix.div_(2)
+            models["together" if parallel else "one by one"] = model
+        generator = torch.Generator().manual_seed(settings.seed)
+        sequences = torch.randn(batch, time, 1, generator=generator)
+        targets = torch.randn(batch, 1, generator=generator)
+        steps = {name: partial(training_step, model, sequences, targets) for name, model in models.items()}
+        times = timed_by_turns(steps, settings.long_turns)
+        with torch.no_grad():
+            one, other = (model(sequences) for model in models.values())
+        sizes = {"batch": batch, "time": time, "hidden": n, "implicit": n, "rank": None, "halved": halved}
+        found = {"one by one / together": times.ratio(*models).median, "difference": float((one - other).abs().max())}
+        results.append({**sizes, "milliseconds": times.json(), **found})
+        print(f"  parallel {results[-1]}", flush=True)
+    return results
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """Measure everything."""
-    results: dict[str, Any] = {"steps": [], "stiff": []}
+    results: dict[str, Any] = {"steps": [], "stiff": [], "parallel": []}
     for threads in settings.threads:
         torch.set_num_threads(threads)
-        for section, measure in (("steps", measure_steps), ("stiff", measure_stiff)):
+        sections = {"steps": measure_steps, "stiff": measure_stiff, "parallel": measure_parallel}
+        for section, measure in sections.items():
             results[section] += [{"threads": threads, **row} for row in measure(settings)]
     return results
 
@@ -175,6 +213,21 @@ def markdown(results: dict[str, Any], described: dict[str, Any]) -> str:
                 f"{row['milliseconds'][name]['median']:.1f} | {row['error'][name]:.0e}" for name in ("ours", "torchidl")
             )
             lines.append(f"| {described_shape(row)} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            "Training step with tanh, one time after another and parallel in time; B and D halved, as drawn:",
+            "",
+        ]
+        ways = ("one by one", "together")
+        lines += [f"| batch, time, hidden, implicit | {' | '.join(2 * (*ways, 'ratio'))} |", "|---|" + "---:|" * 6]
+        rows = [row for row in results["parallel"] if row["threads"] == threads]
+        for halved, drawn in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True):
+            cells = (
+                " | ".join([f"{row['milliseconds'][way]['median']:.1f}" for way in ways])
+                + f" | {row['one by one / together']:.2f}"
+                for row in (halved, drawn)
+            )
+            lines.append(f"| {described_shape(halved)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

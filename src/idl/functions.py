@@ -127,6 +127,7 @@ class ImplicitFunction:
         timeline: Timeline,
         *,
         bias: Tensor | None = None,
+        parallel_in_time: bool = False,
     ) -> Trajectory:
         r"""Return :math:`x_t = \phi(Ax_t + B[u_t; h_{t-1}] + b)`, :math:`h_t = Cx_t + D[u_t; h_{t-1}]` for all times.
 
@@ -139,6 +140,7 @@ class ImplicitFunction:
             h0: What the first times read, one row a sequence.
             timeline: Which rows belong to which time.
             bias: Constant of the pre-activation, ``(n,)``.
+            parallel_in_time: Whether to solve all times together; see :class:`~idl.ImplicitRNN`.
 
         Raises:
             TypeError, ValueError: If dtypes or devices disagree.
@@ -149,7 +151,7 @@ class ImplicitFunction:
             lambda: solve_sequence(
                 self._admitted(A),
                 *(B, C, D, u, h0, timeline, bias),
-                *(self.activation, self.solver, self.adjoint, self.on_failure),
+                *(self.activation, self.solver, self.adjoint, self.on_failure, parallel_in_time),
             )
         )
         return found._replace(dtype=torch.promote_types(_first(A).dtype, u.dtype))

@@ -83,11 +83,12 @@ def solve_sequence(
     solver: AbstractFixedPointSolver,
     adjoint: AbstractAdjoint,
     on_failure: OnFailure,
+    parallel_in_time: bool,
 ) -> Trajectory:
     r"""Solve :math:`x_t = \phi(Ax_t + B[u_t; h_{t-1}] + b)`, :math:`h_t = Cx_t + D[u_t; h_{t-1}]` for all times.
 
     With a known derivative of ``phi`` and an implicit adjoint the sequence is one node of autograd's, and its backward
-    one sweep. Everything else is solved time by time, a node each.
+    another. Everything else is solved time by time, a node each.
 
     Args:
         A: State matrix.
@@ -102,6 +103,7 @@ def solve_sequence(
         solver: Method of each time's solve.
         adjoint: Rule of the gradient.
         on_failure: What to do if some state has not converged; at most one warning, of the whole sequence.
+        parallel_in_time: Whether all times of such a node are solved together instead of one after another.
 
     Raises:
         ConvergenceError: If a state did not converge and ``on_failure="raise"``.
@@ -121,7 +123,7 @@ def solve_sequence(
         parts = Parts(None, None, source.to(precision), h0.to(precision), B[:, p:].to(precision), M, tuple(tensors))
         if isinstance(parametric, AffineMap) and isinstance(adjoint, ImplicitAdjoint):
             recurrence = AffineRecurrence(type(A), timeline, phi)
-            outputs = trajectory(recurrence, parts, solver, adjoint, report)
+            outputs = trajectory(recurrence, parts, solver, adjoint, report, parallel_in_time)
         else:
             outputs = _time_by_time(parametric, parameters, parts, timeline, solver, adjoint, report)
     return Trajectory(*outputs, timeline, dtype, parametric, parameters, (u, B, bias))

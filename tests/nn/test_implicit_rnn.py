@@ -72,6 +72,12 @@ OPTIONS = {
     "two layers": {"num_layers": 2, "activation": "tanh", **TIGHT},
     "bidirectional": {"bidirectional": True, "activation": "tanh", **TIGHT},
     "two bidirectional layers": {"num_layers": 2, "bidirectional": True, "bias": True, **TIGHT},
+    "parallel in time": {"parallel_in_time": True, **TIGHT},
+    "parallel, silu": {"parallel_in_time": True, "activation": "silu", "bias": True, **TIGHT},
+    "parallel, rank 2": {"parallel_in_time": True, "low_rank": True, "rank": 2, "activation": "tanh", **TIGHT},
+    "parallel, triangular": {"parallel_in_time": True, "f": ImplicitFunctionTriu},
+    "parallel, own phi": {"parallel_in_time": True, "f": Atan, **TIGHT},
+    "parallel, two bidirectional layers": {"parallel_in_time": True, "num_layers": 2, "bidirectional": True, **TIGHT},
 }
 INEXACT = {
     "unrolled": {"f": instance(None, UnrolledAdjoint(60), InfNorm(0.4), activation="tanh")},
@@ -79,7 +85,11 @@ INEXACT = {
 }
 over = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 over_all = pytest.mark.parametrize("options", {**OPTIONS, **INEXACT}.values(), ids={**OPTIONS, **INEXACT}.keys())
-FEW = {name: OPTIONS[name] for name in ("default", "rank 2", "silu", "callable activation", "bidirectional")}
+FEW = {
+    name: OPTIONS[name]
+    for name in ("default", "rank 2", "silu", "callable activation", "bidirectional", "parallel, silu")
+}
+either_way = pytest.mark.parametrize("parallel_in_time", [False, True])
 over_few = pytest.mark.parametrize("options", FEW.values(), ids=FEW.keys())
 
 
@@ -154,6 +164,7 @@ def test_the_signature_is_the_promised_one():
         "bidirectional": False,
         "batch_first": True,
         "return_sequence": False,
+        "parallel_in_time": False,
     }
 
 
@@ -261,13 +272,15 @@ def test_a_recorded_gradient_is_that_of_the_steps(options):
         close(ours, theirs, 1e-8)
 
 
+@either_way
 @pytest.mark.parametrize("rank", [None, 1, 4, 5, 70])
 @pytest.mark.parametrize("n", [64, 65, 80])
-def test_sizes_on_both_sides_of_every_switch_agree_with_the_steps(n, rank):
+def test_sizes_on_both_sides_of_every_switch_agree_with_the_steps(n, rank, parallel_in_time):
     # Ranks up to 4 are solved directly in the backward, and 64 units or fewer multiply as one matrix.
     if rank is not None and rank > n:
         pytest.skip("a rank is at most the size")
-    model = model_of({"implicit_hidden_dim": n, "low_rank": rank is not None, "rank": rank, **TIGHT})
+    options = {"low_rank": rank is not None, "rank": rank, "parallel_in_time": parallel_in_time}
+    model = model_of({"implicit_hidden_dim": n, **options, **TIGHT})
     u = random(3, 5, P).requires_grad_()
     leaves = [u, *model.parameters()]
     value, truth = model(u).square().sum(), by_steps(model, u)[0].square().sum()
@@ -567,16 +580,18 @@ def test_an_ensemble_of_models_is_a_loop_over_them(options):
         close(together[i], model(u))
 
 
-def test_a_gradient_does_not_depend_on_the_scale_of_the_loss():
-    model = model_of({}, torch.float32)
+@either_way
+def test_a_gradient_does_not_depend_on_the_scale_of_the_loss(parallel_in_time):
+    model = model_of({"parallel_in_time": parallel_in_time}, torch.float32)
     u = random(4, 20, P, dtype=torch.float32)
     whole, tiny = (torch.autograd.grad(s * model(u).square().sum(), list(model.parameters())) for s in (1.0, 1e-8))
     for one, other in zip(whole, tiny, strict=True):
         assert relative_error(other.double() * 1e8, one) < 1e-4
 
 
-def test_a_vanishing_gradient_ends_at_zero_and_not_in_denormal_numbers():
-    model = model_of({"activation": "tanh"}, torch.float32)
+@either_way
+def test_a_vanishing_gradient_ends_at_zero_and_not_in_denormal_numbers(parallel_in_time):
+    model = model_of({"activation": "tanh", "parallel_in_time": parallel_in_time}, torch.float32)
     with torch.no_grad():
         for p in model.cells.parameters():
             p.mul_(0.2)
@@ -719,9 +734,11 @@ def stiff(options=None, row_sum=0.99, n=60, dtype=torch.float32):
     return model
 
 
+@either_way
 @pytest.mark.parametrize("smooth", [False, True])
-def test_a_stiff_model_is_as_exact_as_it_says(smooth):
-    model = stiff(dtype=torch.float64, options={"tol": 1e-8, "mitr": 3000, "return_sequence": True})
+def test_a_stiff_model_is_as_exact_as_it_says(smooth, parallel_in_time):
+    options = {"tol": 1e-8, "mitr": 3000, "return_sequence": True, "parallel_in_time": parallel_in_time}
+    model = stiff(dtype=torch.float64, options=options)
     u = random(16, 40, 2)
     if smooth:  # hardly anything changes from time to time, so that a test of the last steps is easily fooled
         u = 1 + 1e-3 * u.cumsum(1)
@@ -766,9 +783,10 @@ def test_an_error_that_hardly_changing_inputs_hide_is_not_left_over(row_sum, act
     assert worst < 1.5 * tol
 
 
+@either_way
 @pytest.mark.parametrize("rows", [0.9, 0.99, 0.999])
-def test_float32_states_of_stiff_models_converge_or_are_reported(rows):
-    model = stiff({"kappa": 0.9999}, rows)
+def test_float32_states_of_stiff_models_converge_or_are_reported(rows, parallel_in_time):
+    model = stiff({"kappa": 0.9999, "parallel_in_time": parallel_in_time}, rows)
     u = random(16, 30, 2, dtype=torch.float32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -782,8 +800,10 @@ def test_float32_states_of_stiff_models_converge_or_are_reported(rows):
     assert float(error[solution.converged].max()) <= 2e-4 * size
 
 
-def test_a_stiff_gradient_is_that_of_the_steps():
-    model = stiff({**TIGHT, "mitr": 5000, "grad_mitr": 5000}, dtype=torch.float64, n=20)
+@either_way
+def test_a_stiff_gradient_is_that_of_the_steps(parallel_in_time):
+    options = {**TIGHT, "mitr": 5000, "grad_mitr": 5000, "parallel_in_time": parallel_in_time}
+    model = stiff(options, dtype=torch.float64, n=20)
     u = random(4, 12, 2).requires_grad_()
     leaves = [u, *model.parameters()]
     gradients = (torch.autograd.grad(y.square().sum(), leaves) for y in (model(u), by_steps(model, u)[0]))
@@ -847,7 +867,14 @@ def test_no_state_takes_more_steps_than_it_may():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"activation": "tanh"}, {"activation": torch.sin}, {"low_rank": True, "rank": 2}]
+    "options",
+    [
+        {},
+        {"activation": "tanh"},
+        {"activation": torch.sin},
+        {"low_rank": True, "rank": 2},
+        {"parallel_in_time": True, "activation": "tanh"},
+    ],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_sequence_that_is_not_finite_is_lost_from_there_on_and_the_others_are_not(value, options):
@@ -901,6 +928,7 @@ CONSTRUCTIONS = [
     ({"bidirectional": "yes"}, TypeError, ["`bidirectional`", "True or False", "got 'yes'"]),
     ({"batch_first": 1}, TypeError, ["`batch_first`", "True or False", "got 1"]),
     ({"return_sequence": None}, TypeError, ["`return_sequence`", "True or False", "got None"]),
+    ({"parallel_in_time": 1}, TypeError, ["`parallel_in_time`", "True or False", "got 1"]),
     ({"low_rank": True}, ValueError, ["`rank`", "got None"]),
     ({"low_rank": True, "rank": 6}, ValueError, ["`rank`", "implicit_hidden_dim=5", "got 6"]),
     ({"rank": 2}, ValueError, ["`rank`", "low_rank=True"]),
@@ -982,7 +1010,10 @@ def test_what_does_not_fit_a_cell_is_named(u, h, kind, words):
 
 def test_repr_says_what_the_model_is():
     text = repr(model_of({"num_layers": 2, "return_sequence": True}))
-    assert "3, 2, 4, 5, num_layers=2, bidirectional=False, batch_first=True, return_sequence=True" in text
+    assert (
+        "3, 2, 4, 5, num_layers=2, bidirectional=False, batch_first=True, return_sequence=True, parallel_in_time=False"
+        in text
+    )
     assert "ImplicitRNNCell" in text
 
 

@@ -8,75 +8,23 @@ import torch
 from idl import Adaptive, Newton, Picard, activations
 from idl.linalg.operators import Dense, Factored
 from idl.recurrence import sweep as module
+from idl.recurrence.parallel import solve_together
 from idl.recurrence.plan import Plan
-from idl.recurrence.steps import AffineSteps, SlopedSteps
+from idl.recurrence.steps import SlopedSteps
 from idl.recurrence.sweep import sweep
 from idl.recurrence.timeline import Timeline
 from problems import random
-
-N, H = 6, 3
-EVEN, RAGGED = Timeline((4,) * 30), Timeline((4,) * 9 + (3,) * 2 + (2,) * 8 + (1,) * 11)
-TIMELINES = [EVEN, EVEN.reversed(), RAGGED, RAGGED.reversed()]
-
-
-def contraction(rate, n=N):
-    """Return a matrix whose eigenvalues all have this modulus."""
-    return rate * torch.linalg.qr(random(n, n, seed=0))[0]
-
-
-def affine(timeline, A=None, scale=1.0, **changes):
-    rows = timeline.rows
-    parts = {
-        "state_matrix": Dense(contraction(0.3)) if A is None else A,
-        "source": scale * random(rows, N + H, seed=1),
-        "carry": random(timeline.batch, H, seed=2),
-        "B": 0.3 * random(N, H, seed=3),
-        "M": 0.2 * random(H, N + H, seed=4),
-        "activation": activations.tanh,
-    }
-    return AffineSteps(timeline, **{**parts, **changes})
-
-
-def sloped(timeline, A=None, order=torch.inf, **changes):
-    common = affine(timeline, A)
-    parts = {
-        **{name: getattr(common, name) for name in ("timeline", "state_matrix", "source", "carry", "B", "M")},
-        "slope": torch.sigmoid(random(timeline.rows, N, seed=5)),
-        "offset": random(timeline.rows, N, seed=6),
-        "order": order,
-    }
-    return SlopedSteps(**{**parts, **changes})
-
-
-def by_hand(steps):
-    """Return trajectory and last outputs, each state iterated until it does not change."""
-    timeline, A = steps.timeline, steps.state_matrix.dense()
-    pairs = torch.empty(timeline.rows, N + H, dtype=torch.float64)
-    h, last = steps.carry.clone(), torch.empty_like(steps.carry)
-    for time in timeline.order:
-        start, size = timeline.starts[time], timeline.sizes[time]
-        for row, i in enumerate(range(start, start + size)):
-            source = steps.source[i] if steps.source is not None else torch.zeros(N + H, dtype=torch.float64)
-            x, z = torch.zeros(N, dtype=torch.float64), source[:N] + steps.B @ h[row]
-            for _ in range(100):
-                x = torch.tanh(A @ x + z) if isinstance(steps, AffineSteps) else linear(steps, i, A @ x + z)
-            pairs[i] = torch.cat((x, h[row]))
-            h[row] = last[row] = source[N:] + steps.M @ pairs[i]
-    return pairs, last
-
-
-def linear(steps, i, z):
-    return steps.slope[i] * z + (0 if steps.offset is None else steps.offset[i])
-
+from recurrence.equations import EVEN, NAMES, TIMELINES, H, N, affine, by_hand, contraction, sloped
 
 SOLVERS = [Adaptive(1e-12), Picard(1e-12), Picard(1e-12, damping=0.8), Newton(1e-12)]
 
 
+@pytest.mark.parametrize("method", [sweep, solve_together])
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-@pytest.mark.parametrize("timeline", TIMELINES, ids=["even", "even, back", "ragged", "ragged, back"])
-def test_every_state_is_the_solution_of_its_equation(timeline, solver):
+@pytest.mark.parametrize("timeline", TIMELINES, ids=NAMES)
+def test_every_state_is_the_solution_of_its_equation(timeline, solver, method):
     for steps in (affine(timeline), sloped(timeline), sloped(timeline, offset=None, source=None)):
-        swept = sweep(steps, solver)
+        swept = method(steps, solver)
         pairs, last = by_hand(steps)
         torch.testing.assert_close(swept.trajectory, pairs, rtol=0, atol=1e-11)
         torch.testing.assert_close(swept.last, last, rtol=0, atol=1e-11)
@@ -85,7 +33,7 @@ def test_every_state_is_the_solution_of_its_equation(timeline, solver):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 5])
-@pytest.mark.parametrize("timeline", TIMELINES, ids=["even", "even, back", "ragged", "ragged, back"])
+@pytest.mark.parametrize("timeline", TIMELINES, ids=NAMES)
 def test_linear_equations_of_low_rank_are_solved_directly_up_to_rank_4(timeline, rank):
     A = Factored(0.4 * random(N, rank, seed=7) / rank, 0.5 * random(N, rank, seed=8))
     steps = sloped(timeline, A)

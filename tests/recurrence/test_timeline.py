@@ -52,3 +52,25 @@ def test_an_empty_batch_has_times_and_no_rows():
     timeline = Timeline((0, 0, 0))
     assert timeline.rows == timeline.batch == 0
     assert timeline.after(torch.empty(0, 2), torch.empty(0, 2)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("timeline", [RAGGED, EVEN, Timeline((3,)), Timeline((4, 1))], ids=str)
+def test_places_are_those_of_each_sequence_in_reading_order(timeline, backwards):
+    timeline = Timeline(timeline.sizes, backwards)
+    lengths = [sum(size > i for size in timeline.sizes) for i in range(timeline.batch)]
+    assert timeline.lengths.tolist() == lengths
+    rows = values(timeline)
+    padded = timeline.by_place(rows)
+    for sequence, length in enumerate(lengths):
+        times = list(range(length))[:: -1 if backwards else 1]
+        expected = [10 * sequence + time for time in times] + [0] * (len(timeline.sizes) - length)
+        assert padded[:, sequence, 0].tolist() == expected
+    assert torch.equal(timeline.by_row(padded), rows)
+
+
+def test_some_of_the_sequences_are_a_timeline_of_their_own():
+    chosen = torch.tensor([False, True, False, True])
+    timeline, rows = RAGGED.reversed().of(chosen)
+    assert timeline == Timeline((2, 1, 1), backwards=True)
+    assert values(RAGGED)[rows][:, 0].tolist() == [10, 30, 11, 12]

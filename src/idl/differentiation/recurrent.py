@@ -1,4 +1,4 @@
-"""The gradient of a whole sequence of equilibria: one reverse sweep, and one node of autograd's."""
+"""The gradient of a whole sequence of equilibria: the same recurrence in reverse, and one node of autograd's."""
 
 import inspect
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 from idl.differentiation.base import FailureReport
 from idl.differentiation.implicit import ImplicitAdjoint, without_autocast
 from idl.maps.base import front
+from idl.recurrence.parallel import solve_together
 from idl.recurrence.recurrences import Flat, Parts, Recurrence, moved_parts, parts
 from idl.recurrence.sweep import sweep
 from idl.recurrence.timeline import Timeline
@@ -28,12 +29,14 @@ class _Call:
     derivative_solver: AbstractFixedPointSolver
     report: FailureReport
     subject: str
+    together: bool
+    """Whether all times are solved together instead of one after another."""
     rate: float | None = None
-    """Contraction to expect; after the sweep that which was measured. It plans, and decides nothing."""
+    """Contraction to expect; after the solve that which was measured. It plans, and decides nothing."""
 
     def derivative(self, recurrence: Recurrence, subject: str) -> "_Call":
         solver = self.derivative_solver
-        return _Call(recurrence, solver, solver, self.report, subject, self.rate)
+        return _Call(recurrence, solver, solver, self.report, subject, self.together, self.rate)
 
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -46,10 +49,11 @@ def trajectory(
     solver: AbstractFixedPointSolver,
     adjoint: ImplicitAdjoint,
     report: FailureReport,
+    together: bool,
 ) -> Outputs:
     """Return the trajectory with its implicit gradient to all of ``p``.
 
-    The backward is a sweep from the last time to the first. Only the trajectory is kept for it, whatever the solver
+    The backward solves one from the last time to the first. Only the trajectory is kept for it, whatever the solver
     did, and it is differentiable again in any order and mode, as :class:`ImplicitAdjoint` is.
 
     Args:
@@ -57,9 +61,10 @@ def trajectory(
         p: Its parameters.
         solver: Method of each time's solve.
         adjoint: Has the method of a derivative's solves.
-        report: What to do about states that do not converge; called once a sweep.
+        report: What to do about states that do not converge; called once a solve.
+        together: Whether all times are solved together instead of one after another, here and for derivatives.
     """
-    return _applied(_Call(recurrence, solver, adjoint.solver, report, "equilibrium"), p.flat)
+    return _applied(_Call(recurrence, solver, adjoint.solver, report, "equilibrium", together), p.flat)
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,12 @@ class _Trajectory(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, *flat: Tensor | None) -> Outputs:
         steps = call.recurrence.steps(parts(flat))
-        swept = sweep(steps, call.solver, call.rate)
+        swept = (solve_together if call.together else sweep)(steps, call.solver, call.rate)
         call.rate = swept.rate
         if not swept.all_converged:
             result = Iterate(swept.trajectory[:, : len(steps.B)], swept.steps, swept.converged, False, None)
             report = _SequenceReport(call.report.on_failure, call.report.advice, timeline=call.recurrence.timeline)
-            report(result, call.solver, steps.together(swept.trajectory), call.subject)
+            report(result, call.solver, steps.driven_by(swept.trajectory[:, len(steps.B) :]), call.subject)
         return swept[:4]
 
     @staticmethod

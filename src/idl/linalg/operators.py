@@ -79,15 +79,14 @@ class Dense:
 
     def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
         """Solve ``v - slope * (v A^T) = rhs`` for each row by LU: ``O(n^3)`` a row, in chunks of bounded memory."""
-        n = self.dim
-        eye = torch.eye(n, dtype=rhs.dtype, device=rhs.device)
-        chunk = max(1, 2**24 // (n * n))
-        out = torch.empty_like(rhs)
-        for rows in torch.split(torch.arange(len(rhs), device=rhs.device), chunk):
-            systems = eye - slope[rows, :, None] * self.matrix
-            solved, _ = torch.linalg.solve_ex(systems, rhs[rows, :, None])
-            out[rows] = solved[..., 0]
-        return out
+        chunk = max(1, 2**24 // (self.dim * self.dim))
+        pieces = zip(torch.split(slope, chunk), torch.split(rhs[:, :, None], chunk), strict=True)
+        return torch.cat([self.solve_columns(slopes, columns)[:, :, 0] for slopes, columns in pieces])
+
+    def solve_columns(self, slope: Tensor, columns: Tensor) -> Tensor:
+        """Solve ``(I - diag(slope) A) V = columns`` for each row, ``columns`` of shape ``(rows, n, k)``, by LU."""
+        eye = torch.eye(self.dim, dtype=slope.dtype, device=slope.device)
+        return torch.linalg.solve_ex(eye - slope[:, :, None] * self.matrix, columns)[0]
 
     @cached_property
     def precise(self) -> "Dense":
@@ -165,6 +164,10 @@ class Sparse(Dense):
         """Solve ``v - slope * (v A^T) = rhs`` for each row by LU."""
         return Dense(self.dense()).solve(slope, rhs)
 
+    def solve_columns(self, slope: Tensor, columns: Tensor) -> Tensor:
+        """Solve ``(I - diag(slope) A) V = columns`` for each row by LU."""
+        return Dense(self.dense()).solve_columns(slope, columns)
+
     def dense(self) -> Tensor:
         """Return ``A``."""
         return self.matrix.to_dense()
@@ -224,6 +227,11 @@ class Factored:
         """Solve ``v - slope * (v A^T) = rhs`` by the Woodbury identity: an ``r x r`` system and ``O(n r^2)`` a row."""
         s, _ = torch.linalg.solve_ex(self._small(slope), (rhs @ self.right)[:, :, None])
         return rhs + slope * (s[:, :, 0] @ self.left.T)
+
+    def solve_columns(self, slope: Tensor, columns: Tensor) -> Tensor:
+        """Solve ``(I - diag(slope) A) V = columns`` for each row by the Woodbury identity."""
+        s, _ = torch.linalg.solve_ex(self._small(slope), self.right.T @ columns)
+        return columns + slope[:, :, None] * (self.left @ s)
 
     @property
     def inverses_are_cheap(self) -> bool:

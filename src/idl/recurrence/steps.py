@@ -1,8 +1,10 @@
 """What a sweep over the times solves: an equation a time, given what the time before has left."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -39,13 +41,37 @@ class Steps(ABC):
         """Solve ``v - J v = rhs`` for these rows directly, ``J`` the Jacobian; only if :attr:`can_solve`."""
         raise TypeError(f"{type(self).__name__} has no direct solve")
 
-    def together(self, trajectory: Tensor) -> MatrixProblem:
-        """Return the equations of all rows as one problem, each driven by what the trajectory says."""
-        n = len(self.B)
-        z = trajectory[:, n:] @ self.B.T
+    def driven_by(self, before: Tensor) -> MatrixProblem:
+        """Return the equations of all rows as one problem, given the output before each row, ``(rows, h)``."""
+        z = before @ self.B.T
         if self.source is not None:
-            z += self.source[:, :n]
+            z += self.source[:, : len(self.B)]
         return self.problem(self.state_matrix, slice(None), z, torch.empty_like(z))
+
+    def outputs(self, pairs: Tensor, each: Callable[[Tensor], Tensor] = lambda term: term) -> Tensor:
+        """Return ``h_t`` of each row from its ``[x_t h_{t-1}]``; ``each`` is applied to all terms of the sum."""
+        out = each(pairs) @ each(self.M).T
+        return out if self.source is None else out + each(self.source[:, len(self.B) :])
+
+    def transitions(self, slope: Tensor) -> Tensor:
+        """Return the derivative of each row's output by the output before, ``(rows, h, h)``, in pieces."""
+        n, h = self.B.shape
+        C, D = self.M[:, :n], self.M[:, n:]
+        chunk = max(1, 2**20 // (n * max(n, h)))
+        pieces = [
+            C @ self.state_matrix.solve_columns(slopes, slopes[:, :, None] * self.B)
+            for slopes in torch.split(slope, chunk)
+        ]
+        return torch.cat(pieces).add_(D)
+
+    def of(self, sequences: Tensor) -> tuple["Steps", Tensor]:
+        """Return the equations of these sequences, a mask ``(batch,)``, and a mask of the rows that are theirs."""
+        timeline, rows = self.timeline.of(sequences)
+        source = None if self.source is None else self.source[rows]
+        return replace(self, timeline=timeline, source=source, carry=self.carry[sequences]), rows
+
+    linear: ClassVar[bool]
+    """Whether the slope does not depend on the solution."""
 
     @abstractmethod
     def problem(self, state_matrix: StateMatrix, rows: slice, z: Tensor, room: Tensor) -> MatrixProblem:
@@ -70,6 +96,7 @@ class AffineSteps(Steps):
     r""":math:`x = \phi(xA^T + z)`."""
 
     activation: Activation
+    linear = False
 
     def problem(self, state_matrix: StateMatrix, rows: slice, z: Tensor, room: Tensor) -> MatrixProblem:
         """Return the equation of some rows."""
@@ -103,6 +130,13 @@ class SlopedSteps(Steps):
     slope: Tensor
     offset: Tensor | None
     order: float
+    linear = True
+
+    def of(self, sequences: Tensor) -> tuple["SlopedSteps", Tensor]:
+        """Return the equations of these sequences; see :class:`Steps`."""
+        rest, rows = super().of(sequences)
+        offset = None if self.offset is None else self.offset[rows]
+        return replace(cast(SlopedSteps, rest), slope=self.slope[rows], offset=offset), rows
 
     def problem(self, state_matrix: StateMatrix, rows: slice, z: Tensor, room: Tensor) -> MatrixProblem:
         """Return the equation of some rows."""

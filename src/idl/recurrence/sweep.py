@@ -48,6 +48,11 @@ def sweep(steps: Steps, solver: AbstractFixedPointSolver, rate: float | None = N
     return _Sweep(steps.eased(), solver, rate).run()
 
 
+def underflow(dtype: torch.dtype) -> float:
+    """Return the size below which an output is set to zero: what vanishes must not linger as slow denormal numbers."""
+    return 2.0**20 * torch.finfo(dtype).tiny
+
+
 class _Sweep:
     def __init__(self, steps: Steps, solver: AbstractFixedPointSolver, rate: float | None) -> None:
         self.steps, self.solver = steps, solver
@@ -73,7 +78,7 @@ class _Sweep:
         longest = max(4, min(_LONGEST, _NUMBERS // max(1, timeline.batch * n)))
         self.plan = Plan(solver.max_steps, longest, rate)
         self.work = like.new_empty(3, min(timeline.rows, longest * timeline.batch), n)
-        self.underflow = 2.0**20 * torch.finfo(like.dtype).tiny
+        self.underflow = underflow(like.dtype)
 
     def run(self) -> Swept:
         first = self.order[0]
@@ -162,7 +167,7 @@ class _Sweep:
         failed = self._test_direct(rows, work) if self.direct else self._test(rows, work, self.sizes[low])
         if places.stop < len(self.order):
             after = self.befores[self.order[places.stop]]
-            torch.hardshrink(after, self.underflow, out=after)  # what vanishes must not linger as slow denormal numbers
+            torch.hardshrink(after, self.underflow, out=after)
         if failed is None:
             return places.stop
         place = self.order.index(bisect_right(self.starts, rows.start + failed) - 1)

@@ -61,6 +61,41 @@ class Timeline:
             return torch.cat((last, values[:kept]) if self.backwards else (values[self.batch :], last))
         return torch.cat((last, values))[self._after.to(values.device)]
 
+    def by_place(self, values: Tensor) -> Tensor:
+        """Return the rows as ``(times, batch, ...)``, places in reading order, and zeros where a sequence ended."""
+        shape = (len(self.sizes), self.batch, *values.shape[1:])
+        if self.sizes[-1] == self.sizes[0]:
+            padded = values.reshape(shape)
+            return padded.flip(0) if self.backwards else padded
+        padded = values.new_zeros(shape)
+        padded.flatten(0, 1)[self._places.to(values.device)] = values
+        return padded
+
+    def by_row(self, padded: Tensor) -> Tensor:
+        """Return the rows of what :meth:`by_place` returns."""
+        if self.sizes[-1] == self.sizes[0]:
+            return (padded.flip(0) if self.backwards else padded).flatten(0, 1)
+        return padded.flatten(0, 1)[self._places.to(padded.device)]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Number of times of each sequence."""
+        return (torch.tensor(self.sizes)[:, None] > torch.arange(self.batch)).sum(0)
+
+    def of(self, sequences: Tensor) -> tuple["Timeline", Tensor]:
+        """Return the timeline of these sequences, a mask ``(batch,)``, and a mask of the rows that are theirs."""
+        chosen = sequences.cpu()
+        sizes = (torch.tensor(self.sizes)[:, None] > torch.arange(self.batch)[chosen]).sum(1).tolist()
+        rows = torch.cat([chosen[:size] for size in self.sizes])
+        return replace(self, sizes=tuple(size for size in sizes if size)), rows.to(sequences.device)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Index of each row in ``(times, batch)``."""
+        within = torch.cat([torch.arange(size) for size in self.sizes])
+        times = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+        return (self.lengths[within] - 1 - times if self.backwards else times) * self.batch + within
+
     @cached_property
     def _after(self) -> Tensor:
         """Indices into the values after the last time, followed by all values."""

@@ -183,6 +183,14 @@ def test_the_reported_residual_is_that_of_the_returned_state(entry, dtype, max_s
     torch.testing.assert_close(solution.residual.double(), true, rtol=1e-6, atol=1e-14)
 
 
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 4, 5, 8])
+def test_too_few_steps_are_never_taken_for_convergence(iterative, max_steps):
+    A, u = problem(iterative, kappa=0.95)
+    solution = solved(A, u, iterative.make(atol=1e-10, max_steps=max_steps), on_failure="ignore")
+    error = (solution.x - iterated(A, u, "relu")).abs().amax(1)
+    assert bool((error[solution.converged] <= 1e-9).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("max_steps", [1, 3, 10, 300])
 def test_the_error_bound_bounds_the_error(iterative, dtype, max_steps):

@@ -106,7 +106,8 @@ class Picard(AbstractFixedPointSolver):
             image = problem(x)
             before, residual = residual, problem.distance(image, x)
             x = torch.lerp(x, image, self.damping) if self.damping < 1 else image
-        return x, torch.stack((before, residual))
+        # A first step has none before it, and says nothing of the contraction.
+        return x, torch.stack((before.where(before.isfinite(), residual), residual))
 
 
 def at_least_as_slow(sizes: Tensor, rate: float) -> Tensor:

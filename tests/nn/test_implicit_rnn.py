@@ -858,9 +858,11 @@ def test_a_sequence_that_is_solved_step_by_step_warns_once_as_well():
     assert len(caught) == 1
 
 
-def test_no_state_takes_more_steps_than_it_may():
+@either_way
+def test_no_state_takes_more_steps_than_it_may(parallel_in_time):
     for mitr in (1, 2, 3, 7, 15):
-        model = model_of({"mitr": mitr, "activation": "tanh"}, torch.float32)
+        options = {"mitr": mitr, "grad_mitr": mitr, "activation": "tanh", "parallel_in_time": parallel_in_time}
+        model = model_of(options, torch.float32)
         model.cells[0].model.f.on_failure = "ignore"
         _, solution = model(random(3, 9, P, dtype=torch.float32), return_solution=True)
         assert int(solution.steps.max()) <= max(mitr, 3)
@@ -891,6 +893,22 @@ def test_a_sequence_that_is_not_finite_is_lost_from_there_on_and_the_others_are_
     assert bool(solution.converged[0, [0, 1, 3]].all())
     assert bool(solution.converged[0, 2, :4].all())
     assert not bool(solution.converged[0, 2, 4:].any())
+
+
+@either_way
+def test_a_recurrence_that_overflows_ends_in_numbers_or_in_a_warning(parallel_in_time):
+    sizes = {"input_dim": 1, "output_dim": 1, "hidden_dim": 1, "implicit_hidden_dim": 1, "activation": "identity"}
+    model = model_of({**sizes, "kappa": 0.9999, **TIGHT, "parallel_in_time": parallel_in_time})
+    matrices = model.cells[0].model
+    with torch.no_grad():
+        matrices.A.fill_(2.0)
+        matrices.B.copy_(torch.tensor([[0.5, 0.16]]))
+        matrices.C.fill_(0.18)
+        matrices.D.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for times in (60, 118, 130):
+            model(torch.full((1, times, 1), 1e30, dtype=torch.float64))
 
 
 # --- the solution ---------------------------------------------------------------------------------------------------

@@ -124,6 +124,26 @@ def test_a_sequence_that_is_not_finite_is_lost_and_the_others_are_solved_togethe
     assert not found.all_converged
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e8, 1e12])
+def test_a_large_unit_excuses_no_defect_of_a_small_one(scale):
+    timeline = Timeline((2,) * 60)
+    M, B, source = 0.2 * random(H, N + H, seed=4), 0.3 * random(N, H, seed=3), random(timeline.rows, N + H, seed=1)
+    B[:, 0], M[:, N], M[0] = 0, 0, 0  # nobody reads the first output
+    source[:, N] = scale
+    steps = affine(timeline, M=M, B=B, source=source)
+    found, truth = solve_together(steps, Adaptive(1e-12)), sweep(steps, Adaptive(1e-13))
+    torch.testing.assert_close(found.trajectory[:, :N], truth.trajectory[:, :N], rtol=0, atol=1e-11)
+    assert found.all_converged
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 10, 20])
+def test_all_newton_steps_together_take_no_more_applications_than_allowed(most):
+    found = solve_together(affine(EVEN, Dense(contraction(0.9))), Adaptive(1e-12, 0.0, most))
+    assert int(found.steps.max()) <= max(3, most) + 2
+    assert bool(found.trajectory.isfinite().all())
+    assert not found.all_converged
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_vanishes_ends_at_zero(dtype):
     A, M, B = (tensor.to(dtype) for tensor in (contraction(0.3), 1e-2 * random(H, N + H, seed=4), random(N, H, seed=3)))

@@ -147,7 +147,7 @@ def test_a_plan_asks_for_more_as_the_rate_says_and_leaves_a_lost_cause_to_the_so
     plan.failed(before=10.0, last=5.0, error=4.0)
     assert plan.count == 5 + 3  # two halvings, and one to be sure
     assert plan.foresees
-    for numbers in ((1.0, 2.0, math.inf), (math.nan, math.nan, math.nan), (1.0, 0.999, 1e9)):
+    for numbers in ((1.0, 2.0, math.inf), (math.nan, math.nan, math.nan), (1.0, 0.999, 1e9), (math.inf, 1e30, 2.0)):
         plan = Plan(max_steps=100, longest=32, rate=None, count=5)
         plan.failed(*numbers)
         assert not plan.foresees

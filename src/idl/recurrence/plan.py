@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from idl.solvers.picard import contraction
+
 _FEWEST = 3  # applications that tell two differences, and so a rate
 _FIRST = 8  # applications where nothing is known yet
 _MOST = 32  # a time that takes more is better looked at while it is solved; measured, small states gain most
@@ -51,8 +53,8 @@ class Plan:
         """Take note of times that are done, by their largest last two differences and error, in tolerances."""
         self.ahead = min(4 * self.ahead, self.longest)
         rate = self.rate
-        if 0 < last < before and error > 0:
-            rate = last / before
+        if (measured := contraction(before, last)) is not None and error > 0:
+            rate = measured
             self._measured(rate)
         elif rate is not None:  # down at rounding, where nothing is measured: the steps before were too many
             error = before * rate
@@ -66,8 +68,8 @@ class Plan:
         """Take note of times one of which was not done; the numbers are those of :meth:`succeeded`."""
         self.ahead = max(1, self.ahead // 4)
         more = _MOST
-        if 0 < last < before and 1 < error < math.inf:
-            more = math.ceil(min(math.log(error) / -math.log(last / before) + 1, _MOST))
+        if (rate := contraction(before, last)) is not None and 1 < error < math.inf:
+            more = math.ceil(min(math.log(error) / -math.log(rate) + 1, _MOST))
         self.count += more
 
     def drifted(self, change: float, size: float) -> None:

@@ -77,7 +77,7 @@ class Picard(AbstractFixedPointSolver):
         x, sizes = self._burst(problem, state, steps)
         ratios = sizes / state.tolerance
         before, worst = _largest(ratios)
-        rate = worst / before if 0 < worst < before else None
+        rate = contraction(before, worst)
         if problem.slowest is not None:
             sizes, ratios = (at_least_as_slow(pair, problem.slowest) for pair in (sizes, ratios))
             before, worst = _largest(ratios)
@@ -110,6 +110,12 @@ class Picard(AbstractFixedPointSolver):
         return x, torch.stack((before.where(before.isfinite(), residual), residual))
 
 
+def contraction(before: float, last: float) -> float | None:
+    """Return the ratio of two steps if it is one of steps that shrink, to the last digit; else ``None``."""
+    rate = last / before if before > 0 else math.inf
+    return rate if 0 < rate < 1 else None
+
+
 def at_least_as_slow(sizes: Tensor, rate: float) -> Tensor:
     """Return the sizes of two steps, ``(2, rows)``, with the first as if they shrank by no less than ``rate``."""
     first, last = sizes
@@ -132,6 +138,8 @@ def _steps_until_done(before: float, worst: float) -> float:
         return math.inf
     if worst * worst <= before - worst:
         return 0.0
-    rate = worst / before
+    rate = contraction(before, worst)
+    if rate is None or not math.isfinite(remaining := worst * rate / (1 - rate)):
+        return math.inf
     # A fifth of a step of margin: a burst that just misses costs a test and a step, one that is too long a step.
-    return float(math.ceil(math.log(worst * rate / (1 - rate)) / -math.log(rate) + 0.2))
+    return float(math.ceil(math.log(remaining) / -math.log(rate) + 0.2))

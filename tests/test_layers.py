@@ -26,12 +26,13 @@ BELOW = {
     "sequence": "errors checks transforms activations linalg solvers maps recurrence differentiation equilibrium",
     "functions": "errors checks transforms activations linalg solvers maps recurrence differentiation equilibrium "
     "sequence wellposed",
+    "attention": "errors checks transforms activations linalg solvers maps differentiation equilibrium",
     "nn": "errors checks transforms activations linalg solvers maps recurrence differentiation equilibrium sequence "
-    "wellposed functions",
+    "wellposed functions attention",
     "sim": "errors atomic checks activations linalg functions nn",
     "data": "errors checks",
     "training": "errors atomic checks transforms activations linalg solvers maps differentiation equilibrium wellposed "
-    "functions nn data",
+    "functions attention nn data",
 }
 EVERYTHING = {"__init__", "__main__", "cli"}
 """The front doors: they may import every room, and no room may import them."""

@@ -5,7 +5,7 @@ from idl.differentiation import ImplicitAdjoint, PhantomAdjoint, UnrolledAdjoint
 from idl.equilibrium import equilibrium, fixed_point
 from idl.errors import ConvergenceError, ConvergenceWarning
 from idl.functions import ImplicitFunction, ImplicitFunctionInf, ImplicitFunctionTriu
-from idl.nn import ImplicitModel, ImplicitRNN, ImplicitRNNCell
+from idl.nn import IDLAttention, IDLHead, ImplicitModel, ImplicitRNN, ImplicitRNNCell
 from idl.sim import SIM
 from idl.solvers import Adaptive, Anderson, BackSubstitution, Newton, Picard, Solution
 from idl.wellposed import Free, InfNorm, InfNormProjection, StrictlyTriangular
@@ -21,6 +21,8 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "Free",
+    "IDLAttention",
+    "IDLHead",
     "ImplicitAdjoint",
     "ImplicitFunction",
     "ImplicitFunctionInf",

@@ -63,6 +63,14 @@ def in_half_open_unit(name: str, value: object) -> float:
     return number
 
 
+def in_unit(name: str, value: object) -> float:
+    """Return ``value`` if it is in [0, 1]."""
+    number = _real(name, value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"`{name}` must lie in [0, 1]; got {value!r}.")
+    return number
+
+
 def boolean(name: str, value: object) -> bool:
     """Return ``value`` if it is ``True`` or ``False``."""
     if not isinstance(value, bool):

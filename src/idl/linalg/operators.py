@@ -264,7 +264,7 @@ class Factored:
 
     def dense(self) -> Tensor:
         """Return ``A``, multiplied out."""
-        return self.left @ self.right.T
+        return self.left @ self.right.mT
 
     def quickest(self) -> "StateMatrix":
         """Return an equal operator whose products take the least time, for many of them."""

@@ -22,28 +22,37 @@ class GeneralMap(ParametricMap):
         row_function: The function.
         nilpotent: Number of applications after which it has reached its fixed point from anywhere, if there is one:
             the size of the state where each unit reads only units before it.
+        formula: The same function where ``row_function`` has no more than a first reverse derivative, and no vmap.
     """
 
     row_function: RowFunction
     nilpotent: int | None = None
+    formula: RowFunction | None = None
 
     def at(self, parameters: Parameters) -> "_GeneralProblem":
         """Return the map of these parameters, for a solver."""
-        return _GeneralProblem(self.function(parameters), nilpotent=self.nilpotent)
+        return _GeneralProblem(lambda x: self.row_function(x, *parameters), nilpotent=self.nilpotent)
 
     def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
         """Return the map as a function that autograd can record."""
-        return lambda x: self.row_function(x, *parameters)
+        return lambda x: self.differentiable(x, *parameters)
+
+    @property
+    def differentiable(self) -> RowFunction:
+        """The function with derivatives of any order and mode."""
+        return self.row_function if self.formula is None else self.formula
 
     def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple[ParametricMap, Parameters]:
         r"""Return :math:`\lambda \mapsto J^T\lambda + g`."""
-        return LinearisedMap(self.row_function, True, self.nilpotent), (x, g, *parameters)
+        return LinearisedMap(self, transposed=True), (x, g, *parameters)
 
     def pullback(
         self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         """Return the cotangents of the parameters that are wanted."""
         chosen = [i for i, w in enumerate(wanted) if w]
+        if _is_first_order():
+            return _first_cotangents(lambda *values: self.row_function(x, *values), parameters, chosen, v)
         # torch 2.13 fails on an internal assertion where vmap maps over some of several primals of a vjp in a backward.
         groups = [[i] for i in chosen] if transforms_are_active() else [chosen]
         cotangents: list[Tensor | None] = [None] * len(parameters)
@@ -53,7 +62,7 @@ class GeneralMap(ParametricMap):
                 arguments = list(parameters)
                 for i, value in zip(group, values, strict=True):
                     arguments[i] = value
-                return self.row_function(x, *arguments)
+                return self.differentiable(x, *arguments)
 
             _, pull, *_ = torch.func.vjp(of_group, *(parameters[i] for i in group))
             for i, cotangent in zip(group, pull(v), strict=True):
@@ -71,16 +80,17 @@ class GeneralMap(ParametricMap):
             def of_moving(*values: Tensor) -> Tensor:
                 supply = iter(values)
                 pairs = zip(parameters, tangents, strict=True)
-                return self.row_function(x, *(p if t is None else next(supply) for p, t in pairs))
+                return self.differentiable(x, *(p if t is None else next(supply) for p, t in pairs))
 
             _, source, *_ = torch.func.jvp(of_moving, tuple(p for p, _ in moving), tuple(t for _, t in moving))
-        return LinearisedMap(self.row_function, False, self.nilpotent), (x, source, *parameters)
+        return LinearisedMap(self, transposed=False), (x, source, *parameters)
 
     def fold(self, size: int, parameters: Parameters, dims: Sequence[int | None]) -> tuple["GeneralMap", Parameters]:
         """Return the map that applies the function to each mapped index by :func:`torch.vmap`."""
         fronted = tuple(front(p, d) for p, d in zip(parameters, dims, strict=True))
         in_dims = (0, *(None if d is None else 0 for d in dims))
-        mapped = torch.vmap(self.row_function, in_dims=in_dims)
+
+        mapped = torch.vmap(self.differentiable, in_dims=in_dims)
 
         def function(x: Tensor, *values: Tensor) -> Tensor:
             return mapped(torch.unflatten(x, 0, (size, -1)), *values).flatten(0, 1)
@@ -90,30 +100,30 @@ class GeneralMap(ParametricMap):
 
 @dataclass(frozen=True)
 class LinearisedMap(ParametricMap):
-    r""":math:`v \mapsto Jv + c` or :math:`J^T v + c`, ``J`` the Jacobian of a function; parameters ``(x, c, *theta)``.
+    r""":math:`v \mapsto Jv + c` or :math:`J^T v + c`, ``J`` the Jacobian of a map; parameters ``(x, c, *theta)``.
 
     A :class:`GeneralMap` in all but this: it linearises once a solve, and it is known to be linear.
     """
 
-    row_function: RowFunction
+    of: GeneralMap
     transposed: bool
-    nilpotent: int | None = None
 
     def at(self, parameters: Parameters) -> "_GeneralProblem":
         """Return the map of these parameters, for a solver."""
         x, source, *rest = parameters
-        if self.transposed:
-            _, pull, *_ = torch.func.vjp(lambda point: self.row_function(point, *rest), x)
+        product = self._pull(x, rest) if self.transposed else self._push(x, rest)
+        order = 1.0 if self.transposed else torch.inf
+        return _GeneralProblem(lambda v: product(v) + source, order, source, product, self.of.nilpotent)
 
-            def product(v: Tensor) -> Tensor:
-                return pull(v)[0].detach()
+    def _pull(self, x: Tensor, rest: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        if _is_first_order():
+            rest = [parameter.detach() for parameter in rest]
+            return _first_pull(lambda point: self.of.row_function(point, *rest), x)
+        _, pull, *_ = torch.func.vjp(lambda point: self.of.differentiable(point, *rest), x)
+        return lambda v: pull(v)[0].detach()
 
-            return _GeneralProblem(lambda v: product(v) + source, 1.0, source, product, self.nilpotent)
-
-        def push(v: Tensor) -> Tensor:
-            return torch.func.jvp(lambda point: self.row_function(point, *rest), (x,), (v,))[1]
-
-        return _GeneralProblem(lambda v: push(v) + source, torch.inf, source, push, self.nilpotent)
+    def _push(self, x: Tensor, rest: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda v: torch.func.jvp(lambda point: self.of.differentiable(point, *rest), (x,), (v,))[1]
 
     def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
         """Return the map as a function that autograd can record."""
@@ -140,23 +150,58 @@ class LinearisedMap(ParametricMap):
     ) -> tuple[ParametricMap, Parameters] | None:
         """Return the linearisation of the folded function, on all rows."""
         (x, source, *rest), (x_dim, source_dim, *rest_dims) = parameters, dims
-        general, rest_parameters = GeneralMap(self.row_function).fold(size, tuple(rest), rest_dims)
+        general, rest_parameters = self.of.fold(size, tuple(rest), rest_dims)
         rows = [
             # Of a single row the copies would be one place in memory, which torch does not let a tangent move.
             (p.expand(size, *p.shape) if d is None else front(p, d)).flatten(0, 1).contiguous()
             for p, d in ((x, x_dim), (source, source_dim))
         ]
-        return LinearisedMap(general.row_function, self.transposed, self.nilpotent), (*rows, *rest_parameters)
+        return LinearisedMap(general, self.transposed), (*rows, *rest_parameters)
 
     @property
     def _general(self) -> GeneralMap:
         def function(v: Tensor, x: Tensor, source: Tensor, *rest: Tensor) -> Tensor:
             if self.transposed:
-                _, pull, *_ = torch.func.vjp(lambda point: self.row_function(point, *rest), x)
+                _, pull, *_ = torch.func.vjp(lambda point: self.of.differentiable(point, *rest), x)
                 return pull(v)[0] + source
-            return torch.func.jvp(lambda point: self.row_function(point, *rest), (x,), (v,))[1] + source
+            return torch.func.jvp(lambda point: self.of.differentiable(point, *rest), (x,), (v,))[1] + source
 
-        return GeneralMap(function, self.nilpotent)
+        return GeneralMap(function, self.of.nilpotent)
+
+
+def _is_first_order() -> bool:
+    """Return whether nothing differentiates, or transforms, what is computed now."""
+    return not (torch.is_grad_enabled() or transforms_are_active())
+
+
+def _first_pull(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the products with the transposed Jacobian at ``x``, from one recorded application."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        image = function(point)
+    if not image.requires_grad:
+        return torch.zeros_like
+
+    def pull(v: Tensor) -> Tensor:
+        (pulled,) = torch.autograd.grad(image, point, v, retain_graph=True, materialize_grads=True)
+        return pulled
+
+    return pull
+
+
+def _first_cotangents(
+    function: Callable[..., Tensor], values: Sequence[Tensor], chosen: Sequence[int], v: Tensor
+) -> list[Tensor | None]:
+    """Return the cotangents of the chosen values."""
+    cotangents: list[Tensor | None] = [None] * len(values)
+    with torch.enable_grad():
+        leaves = [p.detach().requires_grad_(i in chosen) for i, p in enumerate(values)]
+        image = function(*leaves)
+    if chosen and image.requires_grad:
+        found = torch.autograd.grad(image, [leaves[i] for i in chosen], v, materialize_grads=True)
+        for i, cotangent in zip(chosen, found, strict=True):
+            cotangents[i] = cotangent
+    return cotangents
 
 
 class _GeneralProblem(Problem):

@@ -1,7 +1,8 @@
 """Modules: parameters, initialisation and forward; nothing of how an equilibrium is found."""
 
+from idl.nn.attention import IDLAttention, IDLHead
 from idl.nn.implicit_model import ImplicitModel
 from idl.nn.implicit_rnn import ImplicitRNN, ImplicitRNNCell
 from idl.nn.sparse import SparseImplicitModel
 
-__all__ = ["ImplicitModel", "ImplicitRNN", "ImplicitRNNCell", "SparseImplicitModel"]
+__all__ = ["IDLAttention", "IDLHead", "ImplicitModel", "ImplicitRNN", "ImplicitRNNCell", "SparseImplicitModel"]

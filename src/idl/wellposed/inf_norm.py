@@ -51,13 +51,13 @@ class InfNorm(_Ball):
         radius = self.kappa / max(1.0, lipschitz)
         if _all_within(row_sums(A.detach()), radius):
             return Dense(A)
-        sums = (A * A.detach().sign()).sum(1, keepdim=True)  # autograd's derivative of abs takes twice as long
+        sums = (A * A.detach().sign()).sum(-1, keepdim=True)  # autograd's derivative of abs takes twice as long
         return Dense(_rescaled(A, sums, radius))
 
     def admit_factors(self, left: Tensor, right: Tensor, lipschitz: float) -> StateMatrix:
         """Return the factors with the rows of ``left`` rescaled."""
         radius = self.kappa / max(1.0, lipschitz)
-        bound = left.abs() @ right.abs().sum(0)[:, None]
+        bound = left.abs() @ right.abs().sum(-2)[..., None]
         return Factored(left if _all_within(bound.detach(), radius) else _rescaled(left, bound, radius), right)
 
 

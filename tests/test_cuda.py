@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from idl import Anderson, ImplicitFunctionInf, ImplicitModel, Newton, fixed_point
+from idl import Anderson, IDLAttention, ImplicitFunctionInf, ImplicitModel, ImplicitRNN, Newton, fixed_point
 
 pytestmark = [
     pytest.mark.cuda,
@@ -11,14 +11,23 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"low_rank": True, "rank": 2}, {"f": ImplicitFunctionInf(solver=Newton())}, {"activation": torch.tanh}],
-    ids=["full", "low rank", "Newton", "callable"],
-)
-def test_a_model_gives_on_the_gpu_what_it_gives_on_the_cpu(options):
+MODELS = {
+    "full": lambda: ImplicitModel(20, 8, 3),
+    "low rank": lambda: ImplicitModel(20, 8, 3, low_rank=True, rank=2),
+    "Newton": lambda: ImplicitModel(20, 8, 3, f=ImplicitFunctionInf(solver=Newton())),
+    "callable": lambda: ImplicitModel(20, 8, 3, activation=torch.tanh),
+    "recurrent": lambda: ImplicitRNN(8, 3, 6, 10, bidirectional=True),
+    "parallel in time": lambda: ImplicitRNN(8, 3, 6, 10, activation="tanh", parallel_in_time=True),
+    "softmax": lambda: IDLAttention(8, 2, 12),
+    "lipschitz": lambda: IDLAttention(8, 2, 12, attention_version="lipschitz"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_gives_on_the_gpu_what_it_gives_on_the_cpu(name):
     torch.manual_seed(0)
-    model, u = ImplicitModel(20, 8, 3, **options).double(), torch.rand(16, 8, dtype=torch.float64)
+    model, u = MODELS[name]().double(), torch.rand(16, 12, 8, dtype=torch.float64)
+    u = u[:, 0] if isinstance(model, ImplicitModel) else u
     y = model(u)
     y.square().sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]

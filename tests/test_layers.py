@@ -27,12 +27,13 @@ BELOW = {
     "functions": "errors checks transforms activations linalg solvers maps recurrence differentiation equilibrium "
     "sequence wellposed",
     "attention": "errors checks transforms activations linalg solvers maps differentiation equilibrium",
+    "models": "errors checks",
     "nn": "errors checks transforms activations linalg solvers maps recurrence differentiation equilibrium sequence "
-    "wellposed functions attention",
+    "wellposed functions attention models",
     "sim": "errors atomic checks activations linalg functions nn",
     "data": "errors checks",
     "training": "errors atomic checks transforms activations linalg solvers maps differentiation equilibrium wellposed "
-    "functions attention nn data",
+    "functions attention models nn data",
 }
 EVERYTHING = {"__init__", "__main__", "cli"}
 """The front doors: they may import every room, and no room may import them."""

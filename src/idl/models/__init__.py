@@ -1,0 +1,5 @@
+"""Explicit models that implicit parts are put into."""
+
+from idl.models.gpt import GPTLanguageModel
+
+__all__ = ["GPTLanguageModel"]

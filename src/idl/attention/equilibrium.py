@@ -71,12 +71,14 @@ class Tokens:
     Args:
         u: New tokens, ``(batch, time, n_embd)``.
         padding: Which keys are padding, those of the past first, ``(batch, keys)``.
+        allowed: Which keys each query reads besides, to be broadcast to ``(batch, heads, time, keys)``.
         past: Keys and values of the tokens before.
         keep: Factor of each weight, for dropout, ``(batch, heads, time, keys)``.
     """
 
     u: Tensor
     padding: Tensor | None = None
+    allowed: Tensor | None = None
     past: Past | None = None
     keep: Tensor | None = None
 
@@ -84,6 +86,14 @@ class Tokens:
     def keys(self) -> int:
         """Number of keys."""
         return self.u.shape[1] + (0 if self.past is None else self.past[0].shape[2])
+
+    @property
+    def reached(self) -> Tensor | None:
+        """Which keys each query reads, beside what causality says."""
+        if self.padding is None:
+            return self.allowed
+        present = ~self.padding[:, None, None, :]
+        return present if self.allowed is None else present & self.allowed
 
 
 class Equation(NamedTuple):
@@ -93,7 +103,7 @@ class Equation(NamedTuple):
     """What the input gives to ``[k q v]``, ``(batch, heads, time, 3 head)``."""
     from_output: tuple[Tensor, ...]
     """:math:`W_o` or its factors."""
-    padding: Tensor | None
+    allowed: Tensor | None
     keep: Tensor | None
     past: Past | None
 
@@ -109,7 +119,7 @@ class Equation(NamedTuple):
             source = source.masked_fill(tokens.padding[:, None, -time:, None], 0)
         keep = None if tokens.keep is None else cast(tokens.keep)
         past = None if tokens.past is None else (cast(tokens.past[0]), cast(tokens.past[1]))
-        return Equation(source, from_output, tokens.padding, keep, past)
+        return Equation(source, from_output, tokens.reached, keep, past)
 
     def kqv(self, o: Tensor) -> Tensor:
         """Return keys, queries and values of the new tokens."""
@@ -124,11 +134,11 @@ class Equation(NamedTuple):
 
     def fused(self, heads: Heads, o: Tensor) -> Tensor:
         """Return the outputs that follow from these, with one derivative."""
-        return heads.form.fused(*self.attending(o), Reach(heads.causal, self.padding))
+        return heads.form.fused(*self.attending(o), Reach(heads.causal, self.allowed))
 
     def formula(self, heads: Heads, o: Tensor) -> Tensor:
         """Return the outputs that follow from these, with derivatives of any order and mode."""
-        return heads.form.formula(*self.attending(o), Reach(heads.causal, self.padding), self.keep)
+        return heads.form.formula(*self.attending(o), Reach(heads.causal, self.allowed), self.keep)
 
 
 @dataclass(frozen=True)

@@ -11,31 +11,29 @@ from torch.nn import functional as F
 OFFSET = 0.25  # of the Lipschitz form's sum of weights: bounds its slope with untied queries and keys
 
 
+@dataclass(frozen=True)
 class Reach:
     """Which keys each query may read.
 
     Args:
         causal: Whether each query reads its own key and those before; the queries are those of the last keys.
-        padding: Which keys are not to be read by any, ``(batch, keys)``.
+        allowed: Which keys are read besides, to be broadcast to ``(batch, heads, queries, keys)``; ``None`` for all.
     """
 
-    def __init__(self, causal: bool, padding: Tensor | None = None) -> None:
-        self.causal, self.padding = causal, padding
+    causal: bool
+    allowed: Tensor | None = None
 
     def mask(self, q: Tensor, k: Tensor) -> Tensor | None:
-        """Return where a query reads a key, to be broadcast to ``(batch, heads, queries, keys)``; ``None`` for all."""
+        """Return where a query reads a key; ``None`` for everywhere."""
         queries, keys = q.shape[-2], k.shape[-2]
-        mask = None
-        if self.causal and queries > 1:
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril_(keys - queries)
-        if self.padding is not None:
-            present = ~self.padding[:, None, None, :]
-            mask = present if mask is None else mask & present
-        return mask
+        if not self.causal or queries == 1:
+            return self.allowed
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril_(keys - queries)
+        return mask if self.allowed is None else mask & self.allowed
 
     def is_plainly_causal(self, q: Tensor, k: Tensor) -> bool:
         """Return whether each of a sequence's tokens reads all up to itself, and no other rule applies."""
-        return self.causal and self.padding is None and q.shape[-2] == k.shape[-2]
+        return self.causal and self.allowed is None and q.shape[-2] == k.shape[-2]
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class SoftmaxAttention(AbstractAttention):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         mask = reach.mask(q, k)
         outputs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        if reach.padding is None or mask is None:
+        if reach.allowed is None or mask is None:
             return outputs
         return outputs.where(mask.any(-1, keepdim=True), 0)  # older kernels give NaN to a query that reads nothing
 

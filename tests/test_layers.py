@@ -42,8 +42,12 @@ LIBRARY = [room for room in BELOW if room not in ("data", "training")]
 FOUNDATION = {"torch", "jaxtyping", "numpy", "safetensors"}
 """What `pip install implicit-deep-learning` brings, as far as the library itself needs it."""
 
-EXTRAS = {"sim/solvers/cvx.py": {"cvxpy"}}
-"""Files that may import, inside a function, what only an extra brings."""
+EXTRAS = {
+    "sim/solvers/cvx.py": {"cvxpy"},
+    "nn/conversion/convert.py": {"transformers"},
+    "nn/conversion/huggingface.py": {"transformers"},
+}
+"""Files that may import what only an extra brings: inside a function, or imported inside of one themselves."""
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

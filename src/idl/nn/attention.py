@@ -246,7 +246,7 @@ class IDLAttention(ImplicitHeads):
             on_failure=on_failure,
         )
         self.n_head = n_head
-        self.projection = nn.Linear(self.n_head * self.head_size, self.n_embd, bias=bias)
+        self.projection: nn.Module = nn.Linear(self.n_head * self.head_size, self.n_embd, bias=bias)
 
     @classmethod
     def from_explicit(
@@ -291,10 +291,12 @@ class IDLAttention(ImplicitHeads):
         attention = cls(key.in_features, n_head, *settings, head_size=width // n_head, **options)
         attention = attention.to(key.weight)
         attention.start_at(*maps)
+        taken = nn.Linear(width, key.in_features, bias=attention.bias is not None).to(key.weight)
         with torch.no_grad():
-            attention.projection.weight.copy_(projection.weight)
-            if attention.projection.bias is not None:
-                attention.projection.bias.copy_(constants(projection))
+            taken.weight.copy_(projection.weight)
+            if attention.bias is not None:
+                taken.bias.copy_(constants(projection))
+        attention.projection = taken
         return attention
 
     def forward(

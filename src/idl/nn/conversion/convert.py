@@ -1,0 +1,116 @@
+"""Which parts of a model are converted, and their exchange."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from torch import nn
+
+from idl import checks
+from idl.models.gpt import GPTLanguageModel
+from idl.nn.conversion import encoder, gpt
+from idl.nn.conversion.sites import Site
+from idl.nn.implicit_heads import Version
+
+
+def convert_attention(
+    model: nn.Module,
+    fixed_point_iter: int = 100,
+    attention_version: Version = "softmax",
+    *,
+    layers: Sequence[int] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Replace the self-attention of a model by implicit attention that starts where it was, in place.
+
+    With softmax the model gives what it gave before; training then moves ``A`` away from zero. Known are
+    :class:`~idl.models.gpt.GPTLanguageModel`, :class:`torch.nn.TransformerEncoderLayer`, and GPT-2 and BERT of
+    Hugging Face's transformers (extra ``transformers``), each as a whole or inside of another module.
+
+    A model of transformers also becomes an instance of :func:`implicit_class`, so that ``save_pretrained`` and
+    ``type(model).from_pretrained`` round-trip.
+
+    Args:
+        model: The model.
+        fixed_point_iter: Most steps of a solve.
+        attention_version: ``"softmax"`` or ``"lipschitz"``; the latter does not start at the same function.
+        layers: Which of the model's self-attentions, by their place in the model, from 0; ``None`` for all.
+        options: Other settings of :class:`~idl.IDLAttention` by name.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: If nothing known is in the model, a layer does not exist, or a setting does not fit.
+
+    Example:
+        >>> encoder = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
+        >>> u = torch.randn(2, 10, 32)
+        >>> before = encoder(u)
+        >>> torch.allclose(convert_attention(encoder)(u), before, atol=1e-5)
+        True
+    """
+    settings = {"fixed_point_iter": fixed_point_iter, "attention_version": attention_version, **options}
+    chosen = None if layers is None else [checks.non_negative_integer("layers", layer) for layer in layers]
+    pretrained = _is_pretrained(model)
+    if pretrained and settings.get("solver") is not None:
+        raise ValueError("`solver` must be None for a model of transformers: its settings are saved as JSON.")
+    convert_sites(model, chosen, settings)
+    if pretrained:
+        from idl.nn.conversion import huggingface
+
+        huggingface.remember(cast(Any, model), {"layers": chosen, "settings": settings})
+    return model
+
+
+def implicit_class(model_class: type[Any]) -> type[Any]:
+    """Return the class of a converted model of transformers, to load one.
+
+    As in ``implicit_class(GPT2LMHeadModel).from_pretrained(folder)``, which a converted model has saved itself to.
+
+    Args:
+        model_class: The class of the model before its conversion, as ``GPT2LMHeadModel``.
+    """
+    from idl.nn.conversion import huggingface
+
+    made: type[Any] = huggingface.implicit_class(model_class)
+    return made
+
+
+def convert_sites(model: nn.Module, layers: Sequence[int] | None, settings: dict[str, Any]) -> None:
+    """Replace the chosen sites of a model, all if ``None``."""
+    sites = list(_sites(model))
+    if not sites:
+        raise TypeError(
+            "`model` must hold explicit self-attention of a GPTLanguageModel, nn.TransformerEncoderLayer, or GPT-2 or "
+            f"BERT of transformers; found none in {type(model).__name__}."
+        )
+    chosen = range(len(sites)) if layers is None else layers
+    if any(layer >= len(sites) for layer in chosen):
+        raise ValueError(f"`layers` must be from 0 to {len(sites) - 1}; got {list(chosen)}.")
+    replacements = [(sites[layer], sites[layer].make(settings)) for layer in dict.fromkeys(chosen)]
+    for site, made in replacements:
+        setattr(site.parent, site.name, made.train(site.parent.training))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # a form of batch that only its fused inference reads
+
+
+def _sites(model: nn.Module) -> Iterator[Site]:
+    for module in model.modules():
+        if isinstance(module, GPTLanguageModel):
+            yield from gpt.sites(module)
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            yield from encoder.sites(module)
+        elif "transformers" in sys.modules:
+            from idl.nn.conversion import huggingface
+
+            yield from huggingface.sites(module)
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    if "transformers" not in sys.modules:
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)

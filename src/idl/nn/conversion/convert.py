@@ -44,6 +44,7 @@ def convert_attention(
         TypeError, ValueError: If nothing known is in the model, a layer does not exist, or a setting does not fit.
 
     Example:
+        >>> import torch
         >>> encoder = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
         >>> u = torch.randn(2, 10, 32)
         >>> before = encoder(u)

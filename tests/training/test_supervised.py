@@ -1,8 +1,10 @@
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from idl.training import CheckpointError, ExplicitMLP, Labelled, Recipe, evaluate, fit_supervised
 from idl.training.checkpoint import load_checkpoint
@@ -166,3 +168,25 @@ def test_numbers_of_another_shape_are_refused_and_not_broadcast():
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 3))
     with pytest.raises(ValueError, match=r"must return numbers of shape \(16, 1\); got \(16, 3\)"):
         fit_supervised(network, numbers(), numbers(30, seed=1), RECIPE)
+
+
+def test_several_classes_of_a_sample_are_counted_one_by_one():
+    class Constant(nn.Module):
+        """Says class 1 at every place."""
+
+        def __init__(self):
+            super().__init__()
+            self.score = nn.Parameter(torch.zeros(()))
+
+        def forward(self, inputs):
+            scores = torch.zeros(len(inputs), 3, inputs.shape[1])
+            scores[:, 1] = 2
+            return scores + self.score
+
+    labels = torch.tensor([[1, 1, 0, 2], [1, 1, 1, 0]])
+    data = Labelled(torch.zeros(2, 4), labels)
+    loss, accuracy = evaluate(Constant(), data)
+    assert accuracy == 5 / 8
+    assert loss == pytest.approx(-(5 * 2 / 8) + math.log(2 + math.exp(2)))
+    history = fit_supervised(Constant(), data, data, Recipe(1, 2, 1e-3, 0))
+    assert history.epochs[-1].train_accuracy == 5 / 8

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HOME_VARIABLE = "IDL_DATA_HOME"
@@ -46,11 +46,13 @@ class Source:
     """Where the files of one data set can be, and how to know them.
 
     Attributes:
-        name: Name of the data set, and of its folder under ``$IDL_DATA_HOME`` or the cache.
+        name: Name of the data set.
         url: Address of the folder on the server, with a slash at its end.
         files: The fingerprints that each file may have. The first is that of the file on the server.
         package_folder: Folder where a package of the system puts the files.
         package: Name of this package, for ``apt-get install``.
+        folder: Name of its folder under ``$IDL_DATA_HOME`` or the cache; that of the data set if ``None``.
+        on_server: What files are called on the server, where that is something else.
     """
 
     name: str
@@ -58,6 +60,12 @@ class Source:
     files: Mapping[str, tuple[Fingerprint, ...]]
     package_folder: Path | None = None
     package: str | None = None
+    folder: str | None = None
+    on_server: Mapping[str, str] = field(default_factory=dict)
+
+    def under(self, root: Path) -> Path:
+        """Return the folder of the data set under one of all data sets."""
+        return root / (self.name if self.folder is None else self.folder)
 
 
 def read(source: Source, file: str, *, download: bool = True, progress: bool = True) -> bytes:
@@ -65,7 +73,7 @@ def read(source: Source, file: str, *, download: bool = True, progress: bool = T
 
     The places are, in this order: ``$IDL_DATA_HOME/<name>`` if the variable is set, the folder of the
     system's package if there is one, and, if the variable is not set, the user's cache. A download is kept in
-    ``$IDL_DATA_HOME/<name>`` or in the cache.
+    ``$IDL_DATA_HOME/<name>`` or in the cache. (``<name>`` is ``source.folder`` where that is given.)
 
     Args:
         source: The data set.
@@ -106,11 +114,11 @@ def _folders(source: Source) -> Iterator[Path]:
     """The folders to look in. Lazy: the cache is asked for only if the others had nothing."""
     home = _home()
     if home:
-        yield home / source.name
+        yield source.under(home)
     if source.package_folder:
         yield source.package_folder
     if not home:
-        yield _cache() / source.name
+        yield source.under(_cache())
 
 
 def _home() -> Path | None:
@@ -133,7 +141,7 @@ def _download(source: Source, file: str, looked_in: list[Path], *, progress: boo
         import requests
     except ModuleNotFoundError as error:
         raise _missing(error) from None
-    url, folder = source.url + file, (_home() or _cache()) / source.name
+    url, folder = source.url + source.on_server.get(file, file), source.under(_home() or _cache())
     expected = source.files[file][:1]
 
     def fetch(url: str, output: str, caller: object) -> None:
@@ -183,7 +191,7 @@ def _cure(source: Source, path: Path) -> str:
 def _without_network(source: Source, file: str, looked_in: list[Path]) -> str:
     lines = [
         "    Looked in: " + ", ".join(map(str, looked_in)),
-        f"    Without network: put the file into <folder>/{source.name}/ and set {HOME_VARIABLE}=<folder>.",
+        f"    Without network: put the file into {source.under(Path('<folder>'))}/ and set {HOME_VARIABLE}=<folder>.",
         f"    It is known by its hash {source.files[file][0]}.",
     ]
     if source.package:

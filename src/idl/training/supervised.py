@@ -28,10 +28,10 @@ _EVALUATION_BATCH = 1000
 
 
 class Labelled(NamedTuple):
-    """Inputs, one per row, and what is to be predicted of each: a class, or numbers."""
+    """Inputs, one per row, and what is to be predicted of each: a class, several of them, or numbers."""
 
-    inputs: Float[Tensor, "samples ..."]
-    labels: Int[Tensor, " samples"] | Float[Tensor, "samples q"]
+    inputs: Float[Tensor, "samples ..."] | Int[Tensor, "samples ..."]
+    labels: Int[Tensor, "samples ..."] | Float[Tensor, "samples q"]
 
 
 class EpochRecord(NamedTuple):
@@ -139,7 +139,8 @@ def fit_supervised(
     state of one that was not, on the same machine with the same number of threads.
 
     Args:
-        model: Maps a batch of inputs to one score per class, or to the numbers; already on the device to train on.
+        model: Maps a batch of inputs to one score per class, ``(samples, classes, ...)``, or to the numbers; already on
+            the device to train on.
         train: Training data, moved to the device of ``model`` once.
         test: Data that each epoch ends with an evaluation on.
         recipe: How to train.
@@ -171,7 +172,7 @@ def fit_supervised(
     step, records, seconds = 0, list[EpochRecord](), 0.0
     loss_sum = torch.zeros((), device=device)
     correct = torch.zeros((), device=device, dtype=torch.int64)
-    classes = not train.labels.is_floating_point()
+    classes, places = not train.labels.is_floating_point(), train.labels[0].numel()
     if checkpoint is not None and checkpoint.exists():
         position = load_checkpoint(checkpoint, model=model, optimizer=optimizer, settings=all_settings)
         step, seconds = cast(int, position["step"]), cast(float, position["seconds"])
@@ -195,12 +196,12 @@ def fit_supervised(
         now = time.perf_counter()
         if on_progress is not None and (epoch_is_over or now - reported_at > _SECONDS_BETWEEN_REPORTS):
             seen = batch * recipe.batch_size + len(rows)
-            mean_loss, accuracy = loss_sum.item() / seen, correct.item() / seen if classes else None
+            mean_loss, accuracy = loss_sum.item() / seen, correct.item() / (seen * places) if classes else None
             on_progress(Progress(step, total_steps, epoch + 1, recipe.epochs, mean_loss, accuracy))
             reported_at = now
         if epoch_is_over:
             samples = len(train.labels)
-            accuracy = correct.item() / samples if classes else None
+            accuracy = correct.item() / (samples * places) if classes else None
             records.append(EpochRecord(loss_sum.item() / samples, accuracy, *evaluate(model, test)))
             loss_sum.zero_()
             correct.zero_()
@@ -239,7 +240,7 @@ def evaluate(model: nn.Module, data: Labelled) -> tuple[float, float | None]:
             loss_sum += _loss(scores, labels).item() * len(labels)
             correct += int(_hits(scores, labels))
     model.train(was_training)
-    accuracy = None if data.labels.is_floating_point() else correct / len(data.labels)
+    accuracy = None if data.labels.is_floating_point() else correct / data.labels.numel()
     return loss_sum / len(data.labels), accuracy
 
 

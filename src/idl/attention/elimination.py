@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from idl.linalg.operators import Factored, StateMatrix
+from idl.linalg.systems import solve
 
 
 def eliminate(A: StateMatrix, B: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
@@ -32,12 +33,12 @@ def eliminate(A: StateMatrix, B: Tensor, bias: Tensor | None) -> tuple[tuple[Ten
         left, right = A.left, A.right
         inner, outer = right[..., :size, :], right[..., size:, :]
         small = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device) - inner.mT @ left
-        solved = torch.linalg.solve_ex(small, torch.cat((inner.mT @ columns, outer.mT), -1))[0]
+        solved = solve(small, torch.cat((inner.mT @ columns, outer.mT), -1))
         columns = columns + left @ solved[..., : columns.shape[-1]]
         outputs = (left, solved[..., columns.shape[-1] :].mT)
     else:
         system = torch.eye(size, dtype=B.dtype, device=B.device) - A.matrix[..., :size]
-        solved = torch.linalg.solve_ex(system, torch.cat((A.matrix[..., size:], columns), -1))[0]
+        solved = solve(system, torch.cat((A.matrix[..., size:], columns), -1))
         head = size // 3
         outputs, columns = (solved[..., :head],), solved[..., head:]
     if bias is None:

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from idl.linalg import sparse
+from idl.linalg import sparse, systems
 
 
 def to_precise(tensor: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Dense:
     def solve_columns(self, slope: Tensor, columns: Tensor) -> Tensor:
         """Solve ``(I - diag(slope) A) V = columns`` for each row, ``columns`` of shape ``(rows, n, k)``, by LU."""
         eye = torch.eye(self.dim, dtype=slope.dtype, device=slope.device)
-        return torch.linalg.solve_ex(eye - slope[:, :, None] * self.matrix, columns)[0]
+        return systems.solve(eye - slope[:, :, None] * self.matrix, columns)
 
     @cached_property
     def precise(self) -> "Dense":
@@ -225,12 +225,12 @@ class Factored:
 
     def solve(self, slope: Tensor, rhs: Tensor) -> Tensor:
         """Solve ``v - slope * (v A^T) = rhs`` by the Woodbury identity: an ``r x r`` system and ``O(n r^2)`` a row."""
-        s, _ = torch.linalg.solve_ex(self._small(slope), (rhs @ self.right)[:, :, None])
+        s = systems.solve(self._small(slope), (rhs @ self.right)[:, :, None])
         return rhs + slope * (s[:, :, 0] @ self.left.T)
 
     def solve_columns(self, slope: Tensor, columns: Tensor) -> Tensor:
         """Solve ``(I - diag(slope) A) V = columns`` for each row by the Woodbury identity."""
-        s, _ = torch.linalg.solve_ex(self._small(slope), self.right.T @ columns)
+        s = systems.solve(self._small(slope), self.right.T @ columns)
         return columns + slope[:, :, None] * (self.left @ s)
 
     @property

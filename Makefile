@@ -16,10 +16,10 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-sim bench-rnn install clean
+.PHONY: help demo test lint bench bench-sim bench-rnn bench-attention install clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## train an implicit model on real data, offline, in under a minute
 	$(VENV)/bin/idl demo $(ARGS)
@@ -40,6 +40,9 @@ bench-sim: $(BENCH_STAMP)  ## measure SIM's row solver beside others
 
 bench-rnn: $(BENCH_STAMP)  ## measure ImplicitRNN beside torchidl's, nn.GRU and nn.RNN
 	$(BENCH_VENV)/bin/python benchmarks/implicit_rnn.py $(ARGS)
+
+bench-attention: $(BENCH_STAMP)  ## measure implicit attention beside explicit attention
+	$(BENCH_VENV)/bin/python benchmarks/attention.py $(ARGS)
 
 install: $(STAMP)  ## make the environment .venv and nothing else
 

@@ -170,7 +170,7 @@ def test_a_missing_network_is_one_error_that_says_what_to_do(source, server, hom
         f"things: cannot download {server.url}{FILE}",
         "ConnectionError",
         f"Looked in: {home / 'things'}, {source.package_folder}\n",
-        "put the file into <folder>/things/ and set IDL_DATA_HOME=<folder>",
+        "put the file at <folder>/things/values.gz and set IDL_DATA_HOME=<folder>",
         source.files[FILE][0].hash,
         "apt-get install dataset-things",
     ):

@@ -7,7 +7,6 @@ The state of a token is :math:`x = [k\; q\; v\; o]`, and :math:`[k\; q\; v] = Ax
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from idl.linalg.operators import Factored, StateMatrix
 from idl.linalg.systems import solve
@@ -46,13 +45,15 @@ def eliminate(A: StateMatrix, B: Tensor, bias: Tensor | None) -> tuple[tuple[Ten
     return outputs, columns[..., :-1], columns[..., -1]
 
 
-def applied(from_output: tuple[Tensor, ...], o: Tensor) -> Tensor:
-    """Return what outputs ``(batch, heads, time, head)`` add to ``[k q v]``, ``(batch, heads, time, 3 head)``."""
-    if len(from_output) == 1:
-        W = from_output[0]
-        return linear(o, W[0]) if len(W) == 1 else o @ W.mT  # one product of all tokens is twice as fast
-    left, right = from_output
-    return (o @ right) @ left.mT
+def with_outputs(source: Tensor, from_output: tuple[Tensor, ...], o: Tensor) -> Tensor:
+    """Return ``[k q v]``, ``(batch, heads, time, 3 head)``, from what the input gives and from outputs."""
+    *right, left = from_output[::-1]
+    s = o @ right[0] if right else o
+    if len(left) > 1:
+        return source + s @ left.mT
+    # Of a single head one product of all tokens, with its sum, takes half the time.
+    flat = torch.addmm(source.reshape(-1, source.shape[-1]), s.reshape(-1, s.shape[-1]), left[0].T)
+    return flat.view(source.shape)
 
 
 def dense(from_output: tuple[Tensor, ...]) -> Tensor:

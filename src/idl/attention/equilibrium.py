@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from idl.attention.contraction import contraction_bound
-from idl.attention.elimination import applied, dense, eliminate
+from idl.attention.elimination import dense, eliminate, with_outputs
 from idl.attention.forms import AbstractAttention, LipschitzAttention, Reach
 from idl.differentiation.base import AbstractAdjoint, FailureReport, OnFailure
 from idl.differentiation.implicit import without_autocast
@@ -123,7 +123,7 @@ class Equation(NamedTuple):
 
     def kqv(self, o: Tensor) -> Tensor:
         """Return keys, queries and values of the new tokens."""
-        return self.source + applied(self.from_output, o)
+        return with_outputs(self.source, self.from_output, o)
 
     def attending(self, o: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries of the new tokens, and keys and values of all."""

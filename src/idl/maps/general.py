@@ -233,6 +233,8 @@ class _GeneralProblem(Problem):
         return self.source
 
     def norm(self, x: Tensor) -> Tensor:
+        if self.order == torch.inf and x.shape[-1]:
+            return x.abs().amax(-1)  # three times as fast as vector_norm
         return torch.linalg.vector_norm(x, self.order, dim=-1)
 
     def scale(self, x: Tensor) -> Tensor:

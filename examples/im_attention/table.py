@@ -1,0 +1,74 @@
+"""Measure the table of README.md: seven models of a text, three seeds each.
+
+    python examples/im_attention/table.py
+
+Finished runs are looked up and an interrupted one continues, so the command can be stopped and given again.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from language_models import MODELS
+from rich.console import Console
+from train import Settings, tiny, train
+
+SEEDS = (0, 1, 2)
+NAMES = {
+    "explicit": "explicit",
+    "wide": "explicit, wider",
+    "softmax": "implicit softmax",
+    "lipschitz": "implicit Lipschitz",
+    "low-rank": "implicit softmax, A of rank 4",
+    "continued": "explicit, trained on",
+    "converted": "explicit, converted and trained on",
+}
+
+
+def main(
+    dataset: Annotated[str, typer.Option(help="Which text.")] = Settings.dataset,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two seeds of tiny models: does it work?")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the run folders.")] = Path("runs/im_attention-table"),
+) -> None:
+    """Run what is missing and print the table as Markdown."""
+    console = Console(stderr=True)  # so that the table alone can be sent to a file
+    results = {model: list[dict[str, Any]]() for model in MODELS}
+    try:
+        for seed in SEEDS[:2] if smoke else SEEDS:  # a seed of every model before the next
+            for model in MODELS:
+                settings = Settings(dataset=dataset, model=model, seed=seed)
+                settings = tiny(settings) if smoke else settings
+                results[model].append(train(settings, out / settings.name(), console))
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command continues where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # all say what to do
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
+    typer.echo(table(dataset, results))
+
+
+def table(dataset: str, results: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the table."""
+    lines = [f"| {dataset} | parameters | training loss | test loss | steps | seconds |", "|---|---|---|---|---|---|"]
+    for model, runs in results.items():
+        last = [run["epochs"][-1] for run in runs]
+        losses = [spread([epoch[f"{part}_loss"] for epoch in last]) for part in ("train", "test")]
+        steps = (
+            "" if runs[0]["equilibria"] is None else f"{statistics.mean(r['equilibria']['steps'] for r in runs):.1f}"
+        )
+        seconds = statistics.mean(run["seconds"] for run in runs)
+        cells = [NAMES[model], f"{runs[0]['parameters']:,}", *losses, steps, f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean and standard deviation, that of a sample, with n - 1."""
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

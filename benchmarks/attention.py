@@ -42,7 +42,7 @@ class Settings:
     tol: float = 1e-5
     shapes: tuple[Shape, ...] = (Shape(8, 256, 384, 192), Shape(8, 256, 384, 64))
     steps: tuple[int, ...] = (5, 10, 20, 40)
-    several: Shape = Shape(8, 128, 384, 32)
+    several: tuple[Shape, ...] = (Shape(8, 128, 384, 32), Shape(1, 64, 384, 32))
     heads: int = 12
     turns: Turns = Turns(seconds=15, fewest=5, most=20, warm=1, timed=3)  # noqa: RUF009, it is immutable
 
@@ -50,7 +50,7 @@ class Settings:
         """Return the same at toy size."""
         tiny = Shape(2, 8, 16, 4)
         turns = Turns(seconds=1, fewest=1, most=1, warm=1, timed=2)
-        return replace(self, shapes=(tiny,), steps=(3, 6), several=tiny, heads=3, turns=turns)
+        return replace(self, shapes=(tiny,), steps=(3, 6), several=(tiny,), heads=3, turns=turns)
 
 
 class ExplicitHead(nn.Module):
@@ -157,8 +157,12 @@ def measure_steps(settings: Settings) -> list[dict[str, Any]]:
 
 def measure_several(settings: Settings) -> list[dict[str, Any]]:
     """Time a training step of several heads together, and one after another."""
-    shape, count = settings.several, settings.heads
-    u = tokens(shape, settings.seed)
+    return [measure_together(shape, settings) for shape in settings.several]
+
+
+def measure_together(shape: Shape, settings: Settings) -> dict[str, Any]:
+    """Time a training step of several heads of one size."""
+    count, u = settings.heads, tokens(shape, settings.seed)
     options = {"tol": settings.tol, "grad_tol": settings.tol}
     torch.manual_seed(settings.seed)
     together = IDLAttention(shape.n_embd, count, shape.time, head_size=shape.head_size, **options)
@@ -177,7 +181,7 @@ def measure_several(settings: Settings) -> list[dict[str, Any]]:
         "one by one / together": times.ratio("one by one", "together").median,
     }
     print(f"  several {row}", flush=True)
-    return [row]
+    return row
 
 
 def run(settings: Settings) -> dict[str, Any]:

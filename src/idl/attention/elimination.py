@@ -49,10 +49,12 @@ def with_outputs(source: Tensor, from_output: tuple[Tensor, ...], o: Tensor) -> 
     """Return ``[k q v]``, ``(batch, heads, time, 3 head)``, from what the input gives and from outputs."""
     *right, left = from_output[::-1]
     s = o @ right[0] if right else o
-    if len(left) > 1:
-        return source + s @ left.mT
-    # Of a single head one product of all tokens, with its sum, takes half the time.
-    flat = torch.addmm(source.reshape(-1, source.shape[-1]), s.reshape(-1, s.shape[-1]), left[0].T)
+    # Product and sum in one call, and of a single head all tokens together: this takes half the time of the obvious.
+    if len(left) == 1:
+        flat = torch.addmm(source.reshape(-1, source.shape[-1]), s.reshape(-1, s.shape[-1]), left[0].T)
+    else:
+        each = left.mT.expand(len(source), *left.mT.shape)
+        flat = torch.baddbmm(source.flatten(0, 1), s.flatten(0, 1), each.flatten(0, 1))
     return flat.view(source.shape)
 
 

@@ -113,7 +113,7 @@ class Equation(NamedTuple):
         from_output, B, bias = heads.eliminated(cast)
         count, size, _ = B.shape
         flat = F.linear(cast(tokens.u), B.flatten(0, 1), None if bias is None else bias.flatten())
-        source = flat.view(*flat.shape[:-1], count, size).transpose(1, 2)
+        source = flat.view(*flat.shape[:-1], count, size).transpose(1, 2).contiguous()
         time = tokens.u.shape[1]
         if tokens.padding is not None:  # what stands there is not looked at, not even by itself
             source = source.masked_fill(tokens.padding[:, None, -time:, None], 0)

@@ -189,9 +189,10 @@ def _cure(source: Source, path: Path) -> str:
 
 
 def _without_network(source: Source, file: str, looked_in: list[Path]) -> str:
+    place = source.under(Path("<folder>")) / file
     lines = [
         "    Looked in: " + ", ".join(map(str, looked_in)),
-        f"    Without network: put the file at {source.under(Path('<folder>')) / file} and set {HOME_VARIABLE}=<folder>.",
+        f"    Without network: put the file at {place} and set {HOME_VARIABLE}=<folder>.",
         f"    It is known by its hash {source.files[file][0]}.",
     ]
     if source.package:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from idl import Anderson, equilibrium, fixed_point
+from idl import Adaptive, Anderson, equilibrium, fixed_point
 
 
 def drawn(*shape, seed):
@@ -97,4 +97,26 @@ def test_the_scale_of_a_problem_does_not_matter(size):
     unit = equilibrium(A, torch.eye(8), u, solver=solver)
     scaled = equilibrium(A, torch.eye(8), u * size, solver=solver)
     assert bool(scaled.converged.all())
+    assert abs(int(scaled.steps.max()) - int(unit.steps.max())) <= 2
     torch.testing.assert_close(scaled.x.double() / size, unit.x.double(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("slope", [-0.9, -4.0])
+@pytest.mark.parametrize("solver", [Anderson(max_steps=100), Adaptive(max_steps=100)])
+def test_a_map_that_overshoots_is_solved(slope, solver):
+    # Between every start and its image lies the fixed point: plain steps circle around it or run away.
+    shape = drawn(20, 20, seed=0)
+    A = slope * shape @ shape.T / torch.linalg.matrix_norm(shape, 2) ** 2
+    u = drawn(8, 20, seed=1)
+    solution = fixed_point(lambda x: torch.tanh(x @ A.T + u), torch.zeros_like(u), solver=solver, on_failure="raise")
+    residual = (torch.tanh(solution.x @ A.T + u) - solution.x).abs().amax(1)
+    torch.testing.assert_close(solution.residual, residual)
+    assert float(residual.max()) <= solver.atol
+
+
+def test_a_converged_row_of_a_map_that_expands_has_the_residual_that_was_asked_for():
+    A = torch.tensor([[0.0, -3.0], [3.0, 0.0]], dtype=torch.float64)
+    u = drawn(50, 2, seed=0)
+    solution = fixed_point(lambda x: torch.tanh(x @ A.T + u), torch.zeros_like(u), solver=Anderson())
+    assert bool(solution.converged.any())
+    assert float(solution.residual[solution.converged].max()) <= 3e-6

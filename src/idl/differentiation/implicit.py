@@ -122,15 +122,14 @@ class _FixedPoint(torch.autograd.Function):
             return (None, None, *(None for _ in parameters))
         call: _Call = ctx.call
         with without_autocast(x.device):
-            parametric, values = call.parametric.adjoint(x, parameters, g)
+            parametric, values, pullback = call.parametric.adjoint(x, parameters, g, ctx.needs_input_grad[2:])
             adjoint = call.derivative(parametric, "adjoint")
             # An ordinary backward is differentiated no further, and a node of autograd's costs as much as two products.
             if torch.is_grad_enabled() or transforms_are_active():
                 v = _applied(adjoint, None, values)[0]
             else:
                 v = _FixedPoint.forward(adjoint, None, *values)[0]
-            wanted = ctx.needs_input_grad[2:]
-            return (None, None, *call.parametric.pullback(x, parameters, g, v, wanted))
+            return (None, None, *pullback(v))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from idl import activations
 from idl.activations import Activation
 from idl.linalg.operators import Dense, StateMatrix, StrictlyLower, StrictlyUpper, to_precise
-from idl.maps.base import Parameters, ParametricMap, add, front
+from idl.maps.base import Adjoint, Parameters, ParametricMap, add, front
 from idl.solvers.base import Problem
 
 _SELF_FED = 0.5  # a unit that feeds itself less converges soon enough as it is
@@ -41,18 +41,16 @@ class AffineMap(ParametricMap):
         state_matrix = self.kind(*tensors)
         return lambda x: self.activation(state_matrix.apply(x) + Z)
 
-    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple[ParametricMap, Parameters]:
+    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor, wanted: Sequence[bool]) -> Adjoint:
         r"""Return :math:`v \mapsto \phi' \circ (vA + g)`: ``v`` is the cotangent of the pre-activation."""
         slope = self._slope(x, parameters)
-        transposed = self.kind(*parameters[1:]).transpose()
-        return SlopedMap(type(transposed), order=1.0), (slope, slope * g, *transposed.tensors)
-
-    def pullback(
-        self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
-        """Return the cotangents of ``Z`` and ``A``."""
         state_matrix = self.kind(*parameters[1:])
-        return [v, *(state_matrix.pullback(x, v) if any(wanted[1:]) else [None] * len(parameters[1:]))]
+        transposed = state_matrix.transpose()
+
+        def pullback(v: Tensor) -> Sequence[Tensor | None]:
+            return [v, *(state_matrix.pullback(x, v) if any(wanted[1:]) else [None] * len(parameters[1:]))]
+
+        return Adjoint(SlopedMap(type(transposed), order=1.0), (slope, slope * g, *transposed.tensors), pullback)
 
     def tangent(
         self, x: Tensor, parameters: Parameters, tangents: Sequence[Tensor | None]
@@ -100,22 +98,20 @@ class SlopedMap(ParametricMap):
         state_matrix = self.kind(*tensors)
         return lambda v: slope * state_matrix.apply(v) + source
 
-    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple[ParametricMap, Parameters]:
+    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor, wanted: Sequence[bool]) -> Adjoint:
         r"""Return the map of :math:`v = d \circ \lambda` where :math:`\lambda = (d \circ \lambda) A + g`."""
         slope, _, *tensors = parameters
-        transposed = self.kind(*tensors).transpose()
+        state_matrix = self.kind(*tensors)
+        transposed = state_matrix.transpose()
         order = torch.inf if self.order == 1 else 1.0
-        return SlopedMap(type(transposed), order), (slope, slope * g, *transposed.tensors)
 
-    def pullback(
-        self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
-        r"""Return the cotangents of ``d``, ``c`` and ``A``, from :math:`\lambda = vA + g`."""
-        state_matrix = self.kind(*parameters[2:])
-        costate = state_matrix.transpose().apply(v) + g
-        by_slope = costate * state_matrix.apply(x) if wanted[0] else None
-        by_matrix = state_matrix.pullback(x, v) if any(wanted[2:]) else [None] * len(parameters[2:])
-        return [by_slope, costate, *by_matrix]
+        def pullback(v: Tensor) -> Sequence[Tensor | None]:
+            costate = transposed.apply(v) + g
+            by_slope = costate * state_matrix.apply(x) if wanted[0] else None
+            by_matrix = state_matrix.pullback(x, v) if any(wanted[2:]) else [None] * len(tensors)
+            return [by_slope, costate, *by_matrix]
+
+        return Adjoint(SlopedMap(type(transposed), order), (slope, slope * g, *transposed.tensors), pullback)
 
     def tangent(
         self, x: Tensor, parameters: Parameters, tangents: Sequence[Tensor | None]

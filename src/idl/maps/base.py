@@ -2,12 +2,22 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from idl.solvers.base import Problem
 
 Parameters = tuple[Tensor, ...]
+
+
+class Adjoint(NamedTuple):
+    """What reverse mode solves and does at a fixed point."""
+
+    map: "ParametricMap"
+    parameters: Parameters
+    pullback: Callable[[Tensor], Sequence[Tensor | None]]
+    """From the fixed point of ``map`` to the cotangents of the parameters of the map that was solved before."""
 
 
 class ParametricMap(ABC):
@@ -30,16 +40,10 @@ class ParametricMap(ABC):
         """Return the map of these parameters as a function that autograd can record."""
 
     @abstractmethod
-    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple["ParametricMap", Parameters]:
-        r"""Return the map whose fixed point determines :math:`\lambda`, with its parameters."""
+    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor, wanted: Sequence[bool]) -> Adjoint:
+        r"""Return the map whose fixed point determines :math:`\lambda`.
 
-    @abstractmethod
-    def pullback(
-        self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
-        """Return the cotangents of the parameters from the fixed point ``v`` of :meth:`adjoint`.
-
-        Those not ``wanted`` may be ``None``.
+        Cotangents of parameters that are not ``wanted`` may be ``None``.
         """
 
     @abstractmethod

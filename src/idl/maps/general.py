@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from idl.maps.base import Parameters, ParametricMap, front
+from idl.maps.base import Adjoint, Parameters, ParametricMap, front
 from idl.solvers.base import Problem
 from idl.transforms import transforms_are_active
 
@@ -42,17 +43,19 @@ class GeneralMap(ParametricMap):
         """The function with derivatives of any order and mode."""
         return self.row_function if self.formula is None else self.formula
 
-    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple[ParametricMap, Parameters]:
+    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor, wanted: Sequence[bool]) -> Adjoint:
         r"""Return :math:`\lambda \mapsto J^T\lambda + g`."""
-        return LinearisedMap(self, transposed=True), (x, g, *parameters)
-
-    def pullback(
-        self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
-        """Return the cotangents of the parameters that are wanted."""
-        chosen = [i for i, w in enumerate(wanted) if w]
+        recorded = None
         if _is_first_order():
-            return _first_cotangents(lambda *values: self.row_function(x, *values), parameters, chosen, v)
+            recorded = _Recorded(self.row_function, x, parameters, wanted)
+        pullback = partial(self._pullback, x, parameters, wanted) if recorded is None else recorded.cotangents
+        return Adjoint(LinearisedMap(self, transposed=True, recorded=recorded), (x, g, *parameters), pullback)
+
+    def _pullback(
+        self, x: Tensor, parameters: Parameters, wanted: Sequence[bool], v: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Return the cotangents of the parameters that are wanted, to be differentiated or transformed on."""
+        chosen = [i for i, w in enumerate(wanted) if w]
         # torch 2.13 fails on an internal assertion where vmap maps over some of several primals of a vjp in a backward.
         groups = [[i] for i in chosen] if transforms_are_active() else [chosen]
         cotangents: list[Tensor | None] = [None] * len(parameters)
@@ -107,6 +110,8 @@ class LinearisedMap(ParametricMap):
 
     of: GeneralMap
     transposed: bool
+    recorded: "_Recorded | None" = None
+    """The application at ``x``, if autograd has a record of it."""
 
     def at(self, parameters: Parameters) -> "_GeneralProblem":
         """Return the map of these parameters, for a solver."""
@@ -116,9 +121,8 @@ class LinearisedMap(ParametricMap):
         return _GeneralProblem(lambda v: product(v) + source, order, source, product, self.of.nilpotent)
 
     def _pull(self, x: Tensor, rest: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-        if _is_first_order():
-            rest = [parameter.detach() for parameter in rest]
-            return _first_pull(lambda point: self.of.row_function(point, *rest), x)
+        if self.recorded is not None:
+            return self.recorded.pulled
         _, pull, *_ = torch.func.vjp(lambda point: self.of.differentiable(point, *rest), x)
         return lambda v: pull(v)[0].detach()
 
@@ -129,15 +133,9 @@ class LinearisedMap(ParametricMap):
         """Return the map as a function that autograd can record."""
         return self._general.function(parameters)
 
-    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor) -> tuple[ParametricMap, Parameters]:
+    def adjoint(self, x: Tensor, parameters: Parameters, g: Tensor, wanted: Sequence[bool]) -> Adjoint:
         """Return the map of the adjoint state."""
-        return self._general.adjoint(x, parameters, g)
-
-    def pullback(
-        self, x: Tensor, parameters: Parameters, g: Tensor, v: Tensor, wanted: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
-        """Return the cotangents of the parameters that are wanted."""
-        return self._general.pullback(x, parameters, g, v, wanted)
+        return self._general.adjoint(x, parameters, g, wanted)
 
     def tangent(
         self, x: Tensor, parameters: Parameters, tangents: Sequence[Tensor | None]
@@ -174,34 +172,28 @@ def _is_first_order() -> bool:
     return not (torch.is_grad_enabled() or transforms_are_active())
 
 
-def _first_pull(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the products with the transposed Jacobian at ``x``, from one recorded application."""
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        image = function(point)
-    if not image.requires_grad:
-        return torch.zeros_like
+class _Recorded:
+    """One application that autograd has recorded, for any number of first derivatives."""
 
-    def pull(v: Tensor) -> Tensor:
-        (pulled,) = torch.autograd.grad(image, point, v, retain_graph=True, materialize_grads=True)
-        return pulled
+    def __init__(self, function: RowFunction, x: Tensor, parameters: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+        with torch.enable_grad():
+            self._x = x.detach().requires_grad_()
+            self._parameters = [p.detach().requires_grad_(w) for p, w in zip(parameters, wanted, strict=True)]
+            self._image = function(self._x, *self._parameters)
 
-    return pull
+    def pulled(self, v: Tensor) -> Tensor:
+        r"""Return :math:`J^T v`."""
+        return self._derivatives([self._x], v)[0]
 
+    def cotangents(self, v: Tensor) -> list[Tensor | None]:
+        """Return the cotangents of the parameters, of those that are wanted."""
+        found = iter(self._derivatives([p for p in self._parameters if p.requires_grad], v))
+        return [next(found) if p.requires_grad else None for p in self._parameters]
 
-def _first_cotangents(
-    function: Callable[..., Tensor], values: Sequence[Tensor], chosen: Sequence[int], v: Tensor
-) -> list[Tensor | None]:
-    """Return the cotangents of the chosen values."""
-    cotangents: list[Tensor | None] = [None] * len(values)
-    with torch.enable_grad():
-        leaves = [p.detach().requires_grad_(i in chosen) for i, p in enumerate(values)]
-        image = function(*leaves)
-    if chosen and image.requires_grad:
-        found = torch.autograd.grad(image, [leaves[i] for i in chosen], v, materialize_grads=True)
-        for i, cotangent in zip(chosen, found, strict=True):
-            cotangents[i] = cotangent
-    return cotangents
+    def _derivatives(self, leaves: Sequence[Tensor], v: Tensor) -> Sequence[Tensor]:
+        if not leaves or not self._image.requires_grad:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        return torch.autograd.grad(self._image, leaves, v, retain_graph=True, materialize_grads=True)
 
 
 class _GeneralProblem(Problem):

@@ -49,10 +49,10 @@ class Settings:
     n_layer: int = 2
     n_head: int = 2
     dropout: float = 0.2
-    epochs: int = 10
+    epochs: int = 6
     batch_size: int = 32
     max_learning_rate: float = 3e-3
-    fine_tuning_epochs: int = 5
+    fine_tuning_epochs: int = 3
     seed: int = 0
     characters: int | None = None  # of the text; None is all of them
 

@@ -342,6 +342,23 @@ def test_a_function_without_a_fixed_point_is_not_called_solved(solver):
     assert not bool(solution.converged.any())
 
 
+@pytest.mark.parametrize("solver", [Adaptive(5e-4), Picard(5e-4)], ids=repr)
+def test_rounding_inside_the_function_above_that_of_its_values_is_the_end_of_a_solve(solver):
+    # Values below 10, computed beside 3000: steps of rounding are 2.4e-4, and the ratio of two of them says nothing.
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64))[0]
+    A, u = (0.5 * Q).float(), torch.randn(8, 64, generator=generator)
+    solution = fixed_point(lambda x: ((x @ A.T + u) + 3000) - 3000, torch.zeros_like(u), solver=solver)
+    assert bool(solution.converged.all()) and int(solution.steps.max()) <= 60
+    exact = torch.linalg.solve(torch.eye(64).double() - A.double(), u.double().T).T
+    assert float((solution.x - exact).abs().max()) <= 5e-4
+
+
+def test_a_slow_drift_below_the_tolerance_is_no_rounding():
+    solution = fixed_point(lambda x: x + 1e-6, torch.zeros(2, 3).double(), solver=Picard(3e-6), on_failure="ignore")
+    assert not bool(solution.converged.any())
+
+
 def test_an_adjoint_asks_for_a_solver_when_it_is_made():
     with pytest.raises(TypeError):
         ImplicitAdjoint(Newton)

@@ -40,10 +40,12 @@ class FailureReport:
         residual = problem.distance(problem(result.x), result.x)[failed]
         finite = residual[residual.isfinite()]
         size = f"residual up to {float(finite.max()):.1e}" if len(finite) else "no finite value"
+        # Small steps that do not shrink may have a long way to go.
+        beside = ">" if not len(finite) or float(finite.max()) > solver.atol else "and a larger estimated error,"
         lost = int((~result.x.isfinite()).any(1).sum())
         message = (
             f"{type(solver).__name__} stopped after {int(result.steps.max())} steps: {self._counted(failed)} of the "
-            f"{subject} have not converged; {size} > atol={solver.atol:g}"
+            f"{subject} have not converged; {size} {beside} atol={solver.atol:g}"
             + (f", rtol={solver.rtol:g}" if solver.rtol else "")
             + (f"; {lost} of them are NaN (is the input finite?)" if lost else "")
             + "."

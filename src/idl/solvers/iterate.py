@@ -8,6 +8,7 @@ from torch import Tensor
 
 from idl.solvers.base import AbstractFixedPointSolver, Problem, has_run_away, rounding_floor
 
+_STUCK = 8  # applications without a smaller step, after which a small one is as small as rounding lets it be
 _UNWATCHED = 16  # steps in which a solve that goes well keeps no record of its best iterate
 
 
@@ -26,7 +27,9 @@ class Iterate(NamedTuple):
 def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None, dtype: torch.dtype) -> Iterate:
     """Run ``solver`` from ``x`` until each row has converged or ``max_steps`` are spent.
 
-    A row has converged when its estimated error is within the tolerance, or its last step is down at rounding. A row
+    A row has converged when its estimated error is within the tolerance, or its last step is down at rounding: a few
+    units in the last place of ``x``, or within the tolerance and no smaller for a while, with ``x`` staying within the
+    tolerance too (a function may be rounded coarser than its values are, as attention with large scores is). A row
     whose first images are not finite becomes NaN and costs no further step; a row that does not converge gets the
     best iterate that it had.
 
@@ -37,6 +40,7 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
         dtype: Precision of the result, that of the map; a solver may compute in a higher one.
     """
     state, spent = solver.init(problem, x)
+    cost = spent
     rows = len(state.x)
     best: _Best | None = None
     ended_rows: _EndedRows | None = None
@@ -47,13 +51,13 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
             if ended_rows is None:
                 settled = torch.ones(rows, dtype=torch.bool, device=state.x.device)
                 return Iterate(state.x.to(dtype), _filled(settled, spent), settled, True, state.rate)
-            best = _Best(state.x, state.residual, torch.ones_like(state.residual, dtype=torch.bool))
+            best = _Best.begin(first, state, torch.ones_like(state.residual, dtype=torch.bool))
             break
         # While every row is finite and the worst of them improves, the newest iterate is the best: nothing to note.
         improves = state.worst < before or state.worst == before == math.inf
         if best is not None or not improves or spent > _UNWATCHED or spent >= solver.max_steps:
             done = _done(problem, first, state, dtype)
-            best = _Best.begin(first, state, done) if best is None else best.updated(state, done)
+            best = _Best.begin(first, state, done) if best is None else best.updated(problem, first, state, done, cost)
             ended = best.settled | best.residual.isnan()
             if spent >= solver.max_steps or bool(ended.all()):
                 break
@@ -85,6 +89,8 @@ class _Best(NamedTuple):
     x: Tensor
     residual: Tensor
     settled: Tensor
+    since: Tensor
+    """Applications since the residual was last improved."""
 
     @staticmethod
     def begin(first: Tensor, state: Any, done: Tensor) -> "_Best":
@@ -96,15 +102,20 @@ class _Best(NamedTuple):
             torch.where(lost[:, None], torch.nan, x),
             torch.where(lost, torch.nan, residual),
             done,
+            torch.zeros_like(residual),
         )
 
-    def updated(self, state: Any, done: Tensor) -> "_Best":
-        """Return the better of these and the present iterates, row by row."""
+    def updated(self, problem: Problem, first: Tensor, state: Any, done: Tensor, cost: int) -> "_Best":
+        """Return the better of these and the present iterates, row by row; the last step cost ``cost``."""
+        since = torch.where(state.residual < self.residual, 0, self.since + cost)
+        near = (self.residual <= state.tolerance) & (problem.distance(state.x, self.x) <= state.tolerance)
+        done = done | (near & (since >= _STUCK) & ~has_run_away(problem, state.x, first))
         better = state.residual.isfinite() & (state.residual <= self.residual) | (done & ~self.settled)
         return _Best(
             torch.where(better[:, None], state.x, self.x),
             torch.where(better, state.residual, self.residual),
             self.settled | done,
+            since,
         )
 
     def not_worse_than(self, first: Tensor, problem: Problem, dtype: torch.dtype) -> "_Best":

@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-sim bench-rnn bench-attention install clean
+.PHONY: help demo test notebook lint bench bench-sim bench-rnn bench-attention install clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ demo: $(STAMP)  ## train an implicit model on real data, offline, in under a min
 
 test: $(STAMP)  ## run the whole test suite, doctests included
 	$(VENV)/bin/python -m pytest --numprocesses auto $(ARGS)
+
+notebook: $(STAMP)  ## run introduction.ipynb from top to bottom; the file stays as it is
+	$(VENV)/bin/python -m pytest --nbmake introduction.ipynb $(ARGS)
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
 	$(VENV)/bin/ruff check .

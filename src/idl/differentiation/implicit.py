@@ -15,7 +15,7 @@ from idl.maps.base import Parameters, ParametricMap, front
 from idl.solvers.adaptive import Adaptive
 from idl.solvers.base import AbstractFixedPointSolver
 from idl.solvers.iterate import iterate
-from idl.transforms import transforms_are_active
+from idl.transforms import outer_forward_mode, transforms_are_active
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,8 @@ class _FixedPoint(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:
-        x, *rest = ctx.saved_tensors
         call: _Call = ctx.call
-        with without_autocast(x.device):
+        with outer_forward_mode(*ctx.saved_tensors) as (x, *rest), without_autocast(x.device):
             parametric, values = call.parametric.tangent(x, tuple(rest), tangents[2:])
             moved = _applied(call.derivative(parametric, "tangent"), None, values)[0]
         return moved, None, None

@@ -17,7 +17,7 @@ from idl.recurrence.sweep import sweep
 from idl.recurrence.timeline import Timeline
 from idl.solvers.base import AbstractFixedPointSolver
 from idl.solvers.iterate import Iterate
-from idl.transforms import transforms_are_active
+from idl.transforms import outer_forward_mode, transforms_are_active
 
 
 @dataclass
@@ -121,10 +121,9 @@ class _Trajectory(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        path, *saved = ctx.saved_tensors
-        flat, call = tuple(saved), ctx.call
-        with without_autocast(path.device):
-            recurrence, values = call.recurrence.tangent(path, parts(flat), moved_parts(tangents[1:]))
+        call = ctx.call
+        with outer_forward_mode(*ctx.saved_tensors) as (path, *saved), without_autocast(path.device):
+            recurrence, values = call.recurrence.tangent(path, parts(tuple(saved)), moved_parts(tangents[1:]))
             moved, last, _, _ = _applied(call.derivative(recurrence, "tangent"), values.flat)
         return moved, last, None, None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from idl.maps.base import Adjoint, Parameters, ParametricMap, front
 from idl.solvers.base import Problem
-from idl.transforms import transforms_are_active
+from idl.transforms import pushforward, transforms_are_active
 
 RowFunction = Callable[..., Tensor]
 """``f(x, *parameters)`` on ``x`` of shape ``(rows, n)``; depends on nothing else that has a gradient."""
@@ -32,7 +32,10 @@ class GeneralMap(ParametricMap):
 
     def at(self, parameters: Parameters) -> "_GeneralProblem":
         """Return the map of these parameters, for a solver."""
-        return _GeneralProblem(lambda x: self.row_function(x, *parameters), nilpotent=self.nilpotent)
+        differentiable = None if self.formula is None else self.function(parameters)
+        return _GeneralProblem(
+            lambda x: self.row_function(x, *parameters), nilpotent=self.nilpotent, differentiable=differentiable
+        )
 
     def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
         """Return the map as a function that autograd can record."""
@@ -85,7 +88,7 @@ class GeneralMap(ParametricMap):
                 pairs = zip(parameters, tangents, strict=True)
                 return self.differentiable(x, *(p if t is None else next(supply) for p, t in pairs))
 
-            _, source, *_ = torch.func.jvp(of_moving, tuple(p for p, _ in moving), tuple(t for _, t in moving))
+            source = pushforward(of_moving, tuple(p for p, _ in moving), tuple(t for _, t in moving))
         return LinearisedMap(self, transposed=False), (x, source, *parameters)
 
     def fold(self, size: int, parameters: Parameters, dims: Sequence[int | None]) -> tuple["GeneralMap", Parameters]:
@@ -127,7 +130,7 @@ class LinearisedMap(ParametricMap):
         return lambda v: pull(v)[0].detach()
 
     def _push(self, x: Tensor, rest: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda v: torch.func.jvp(lambda point: self.of.differentiable(point, *rest), (x,), (v,))[1]
+        return lambda v: pushforward(lambda point: self.of.differentiable(point, *rest), (x,), (v,))
 
     def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
         """Return the map as a function that autograd can record."""
@@ -162,7 +165,7 @@ class LinearisedMap(ParametricMap):
             if self.transposed:
                 _, pull, *_ = torch.func.vjp(lambda point: self.of.differentiable(point, *rest), x)
                 return pull(v)[0] + source
-            return torch.func.jvp(lambda point: self.of.differentiable(point, *rest), (x,), (v,))[1] + source
+            return pushforward(lambda point: self.of.differentiable(point, *rest), (x,), (v,)) + source
 
         return GeneralMap(function, self.of.nilpotent)
 
@@ -206,8 +209,10 @@ class _GeneralProblem(Problem):
         source: Tensor | None = None,
         linear_product: Callable[[Tensor], Tensor] | None = None,
         nilpotent: int | None = None,
+        differentiable: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.function = function
+        self.differentiable = function if differentiable is None else differentiable
         self.order = order
         self.source = source
         self.linear_product = linear_product
@@ -238,7 +243,7 @@ class _GeneralProblem(Problem):
     def product(self, slope: Tensor, v: Tensor) -> Tensor:
         if self.linear_product is not None:
             return self.linear_product(v)
-        return torch.func.jvp(self.function, (slope,), (v,))[1]
+        return pushforward(self.differentiable, (slope,), (v,))
 
     def substitute(self, x: Tensor | None) -> Tensor | None:
         if self.nilpotent is None:

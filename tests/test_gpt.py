@@ -175,3 +175,20 @@ def test_what_does_not_fit_is_named():
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_generation_leaves_every_module_in_its_mode():
+    model = gpt(dropout=0.5).train()
+    model.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    model.generate(torch.zeros(1, 1, dtype=torch.long), 2)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_of_equal_logits_no_more_than_k_are_drawn():
+    model = gpt()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.zero_()
+    drawn = model.generate(torch.zeros(100, 1, dtype=torch.long), 1, top_k=2)[:, 1]
+    assert len(drawn.unique()) == 2

@@ -15,7 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, jacfwd, jacrev, vmap
 from torch.nn import functional as F
 
-from idl import Anderson, ConvergenceError, ConvergenceWarning, IDLAttention, IDLHead, Picard
+from idl import Anderson, ConvergenceError, ConvergenceWarning, IDLAttention, IDLHead, Newton, Picard
 from idl.attention.contraction import contraction_bound
 from idl.attention.forms import LipschitzAttention, Reach
 from problems import random
@@ -564,3 +564,57 @@ def test_an_empty_batch_gives_an_empty_result():
 def test_repr_says_what_the_layer_is():
     text = repr(module(CASES["lipschitz, rank 1"]))
     assert "IDLHead(3, 5, block_size=6, lipschitz, rank=1, kappa=0.95, causal=True, gradient=implicit" in text
+
+
+@VERSIONS
+def test_newton_finds_the_equilibrium_of_the_default(version):
+    u = tokens()
+    found = module({"attention_version": version, "solver": Newton(1e-12)})(u)
+    close(found, module({"attention_version": version})(u), 1e-9)
+
+
+def test_dropout_is_part_of_the_bound():
+    # One token that reads only itself: weights of .8 become 1.6, and the map has several fixed points.
+    head = IDLHead(4, E, 1, 500, "lipschitz", dropout=0.5, on_failure="ignore", tol=1e-12).double()
+    with torch.no_grad():
+        head.A.zero_()
+        head.A[8:, 12:] = 0.95 * torch.eye(4)
+        head.B.mul_(1e-3)
+    quiet = head.eval().contraction_bound()
+    assert head.train().contraction_bound() == pytest.approx(2 * quiet) and 2 * quiet > 1
+    assert head(tokens(time=1), return_solution=True)[1].error_bound is None
+    tame = IDLHead(4, E, 1, 500, "lipschitz", dropout=0.5, contractive=True, tol=1e-12).double()
+    tame.load_state_dict(head.state_dict())
+    assert tame.train().contraction_bound() <= tame.kappa * (1 + 1e-12)
+    assert tame.eval().contraction_bound() == pytest.approx(tame.train().contraction_bound() / 2)
+    u = tokens(batch=8, time=1)
+    torch.manual_seed(1)
+    rough, solution = IDLHead.forward(tame, u, return_solution=True)
+    tame.solver = Picard(1e-14, 0.0, 3000)
+    torch.manual_seed(1)
+    assert bool(((tame(u) - rough).abs().flatten(1).amax(1) <= solution.error_bound + 1e-13).all())
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_a_contractive_head_that_starts_as_an_explicit_one_has_second_derivatives(low_rank):
+    head = module({**CASES["contractive"], "is_low_rank": low_rank, "rank": 2})
+    with torch.no_grad():
+        (head.L if low_rank else head.A).zero_()
+    parameters = [p.requires_grad_() for p in head.parameters()]
+    grads = torch.autograd.grad(head(tokens()).square().sum(), parameters, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), parameters, allow_unused=True)
+    assert all(bool(g.isfinite().all()) for g in second if g is not None)
+
+
+@VERSIONS
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_stands_in_padding_reaches_no_gradient(version, value):
+    head, u = module({"attention_version": version, "bias": True}), tokens()
+    padding = torch.zeros(BATCH, T, dtype=torch.bool)
+    padding[0, 0] = True
+    clean = torch.autograd.grad(head(u, padding).square().sum(), list(head.parameters()))
+    u[0, 0] = value
+    for found, expected in zip(
+        torch.autograd.grad(head(u, padding).square().sum(), list(head.parameters())), clean, strict=True
+    ):
+        close(found, expected)

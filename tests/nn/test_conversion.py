@@ -241,7 +241,11 @@ def test_what_does_not_fit_is_named():
     for call, kind, words in (
         (lambda: convert_attention(nn.Linear(2, 2)), TypeError, r"found none in Linear"),
         (lambda: convert_attention(convert_attention(gpt())), TypeError, r"found none in GPTLanguageModel"),
-        (lambda: convert_attention(gpt(), layers=[3]), ValueError, r"`layers` must be from 0 to 2; got \[3\]"),
+        (
+            lambda: convert_attention(gpt(), layers=[3]),
+            ValueError,
+            r"`layers` must be of those that are explicit, \[0, 1, 2\]; got \[3\]",
+        ),
         (lambda: convert_attention(gpt(), layers=[-1]), ValueError, r"`layers`"),
         (lambda: convert_attention(gpt(), attention_version="linear"), ValueError, r"`attention_version`"),
         (lambda: convert_attention(gpt2(), solver=object()), ValueError, r"`solver` must be None"),
@@ -263,3 +267,39 @@ def test_a_failed_conversion_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="kappa"):
         convert_attention(model, kappa=2.0)
     assert not any(isinstance(module, IDLAttention) for module in model.modules())
+
+
+@pytest.mark.parametrize("make", [gpt, gpt2, encoder])
+def test_layers_keep_their_numbers_when_some_are_implicit_already(make):
+    model = convert_attention(make(), layers=[1], kappa=0.5)
+    with pytest.raises(ValueError, match=r"explicit, \[0, 2\]; got \[1\]"):
+        convert_attention(model, layers=[1])
+    convert_attention(model, layers=[2], kappa=0.9)
+    found = [m for m in model.modules() if isinstance(m, IDLAttention)]
+    assert [attention.kappa for attention in found] == [0.5, 0.9]
+    convert_attention(model)
+    assert sum(isinstance(m, IDLAttention) for m in model.modules()) == LAYERS
+
+
+def test_two_conversions_of_a_model_are_both_saved(tmp_path):
+    model = convert_attention(convert_attention(gpt2(), layers=[1], kappa=0.5), layers=[2], kappa=0.9)
+    far(model)
+    model.save_pretrained(tmp_path)
+    again = implicit_class(transformers.GPT2LMHeadModel).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(tokens()).logits, model(tokens()).logits)
+    with pytest.raises(ValueError, match=r"`config` must be that of a converted GPT2LMHeadModel"):
+        type(model)(gpt2().config)
+
+
+def test_what_would_start_at_another_function_is_refused():
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True)
+    with pytest.raises(ValueError, match="`bias` must be True"):
+        convert_attention(copy.deepcopy(layer), bias=False)
+    with pytest.raises(ValueError, match="`bias` must be True"):
+        IDLHead.from_explicit(*(nn.Linear(4, 2) for _ in range(3)), bias=False)
+    odd = copy.deepcopy(layer)
+    odd.self_attn = nn.MultiheadAttention(WIDTH, HEADS, add_zero_attn=True, batch_first=True)
+    with pytest.raises(ValueError, match="add_zero_attn"):
+        convert_attention(odd)
+    with pytest.raises(ValueError, match="`attn_mask` must be given with is_causal"):
+        convert_attention(layer)(torch.randn(2, 5, WIDTH), is_causal=True)

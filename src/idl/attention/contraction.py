@@ -15,8 +15,9 @@ The second term: :math:`\dot p_{ij} = p_{ij} (\dot s_{ij} - \sum_l p_{il} \dot s
 :math:`r_{ij} = |q_i - k_j|_2`. So :math:`\sum_j \dot p_{ij} g(v_j) = \sum_j p_{ij} \dot s_{ij} (g(v_j) - o_i)`, where
 :math:`|g(v_j) - o_i|_\infty \le 1 + m`. And :math:`\sum_j p_{ij} r_{ij}` is largest where all :math:`r_{ij}` are equal,
 as it is a ratio of sums over ``j`` of the same two functions: at :math:`r^2 = 1/2 + W_0(2 N e^{-1/2})`, with Lambert's
-function, where it is :math:`r - 1 / (2r)`. The bound was derived here; that an offset of 1/4 bounds the slope is the
-idea of the Lipschitz form.
+function, where it is :math:`r - 1 / (2r)`. Dropout multiplies weights by 0 or ``c``, and the bound by ``c``: the first
+term, and the second as :math:`g(v_j)` becomes at most ``c`` in magnitude and :math:`o_i` at most :math:`cm`. The bound
+was derived here; that an offset of 1/4 bounds the slope is the idea of the Lipschitz form.
 """
 
 import math

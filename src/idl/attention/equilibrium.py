@@ -44,6 +44,8 @@ class Heads:
     bias: Tensor | None
     causal: bool
     contraction: tuple[float, int] | None = None
+    amplification: float = 1.0
+    """Largest factor that dropout puts on a weight."""
 
     def eliminated(self, cast: _Cast) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
         """Return :math:`W_o` or its factors, :math:`B'` and :math:`b'`; see :mod:`idl.attention.elimination`."""
@@ -51,7 +53,11 @@ class Heads:
         from_output, B, bias = eliminate(A, cast(self.B), None if self.bias is None else cast(self.bias))
         if self.contraction is not None:  # scaling A_o scales W_o
             radius, keys = self.contraction
-            bound = contraction_bound(dense(from_output), keys)
+            W = dense(from_output)
+            # The second derivative of a 2-norm does not exist at zero, where a head that starts as an explicit one is:
+            # the bound of heads that need no scaling gets no gradient at all.
+            exceeds = contraction_bound(W.detach(), keys) > radius
+            bound = contraction_bound(W.where(exceeds[:, None, None], W.detach()), keys)
             factor = radius / bound.clamp_min(radius)
             from_output = (*from_output[:-1], from_output[-1] * factor[:, None, None])
         return from_output, B, bias
@@ -61,7 +67,7 @@ class Heads:
         if not isinstance(self.form, LipschitzAttention):
             return None
         with torch.no_grad():
-            return float(contraction_bound(dense(self.eliminated(to_precise)[0]), keys).max())
+            return self.amplification * float(contraction_bound(dense(self.eliminated(to_precise)[0]), keys).max())
 
 
 @dataclass(frozen=True)
@@ -112,10 +118,13 @@ class Equation(NamedTuple):
         """Return the equation, all that is in it ``cast`` before anything is computed."""
         from_output, B, bias = heads.eliminated(cast)
         count, size, _ = B.shape
-        flat = F.linear(cast(tokens.u), B.flatten(0, 1), None if bias is None else bias.flatten())
-        source = flat.view(*flat.shape[:-1], count, size).transpose(1, 2).contiguous()
         time = tokens.u.shape[1]
-        if tokens.padding is not None:  # what stands there is not looked at, not even by itself
+        u = cast(tokens.u)
+        if tokens.padding is not None:  # what stands there is not looked at, not even by a gradient
+            u = u.masked_fill(tokens.padding[:, -time:, None], 0)
+        flat = F.linear(u, B.flatten(0, 1), None if bias is None else bias.flatten())
+        source = flat.view(*flat.shape[:-1], count, size).transpose(1, 2).contiguous()
+        if tokens.padding is not None:
             source = source.masked_fill(tokens.padding[:, None, -time:, None], 0)
         keep = None if tokens.keep is None else cast(tokens.keep)
         past = None if tokens.past is None else (cast(tokens.past[0]), cast(tokens.past[1]))

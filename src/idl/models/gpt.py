@@ -189,7 +189,7 @@ class GPTLanguageModel(nn.Module):
         checks.non_negative_integer("max_new_tokens", max_new_tokens)
         temperature = checks.non_negative("temperature", temperature)
         top_k = None if top_k is None else checks.positive_integer("top_k", top_k)
-        mode = self.training
+        modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
             past = None
@@ -201,7 +201,8 @@ class GPTLanguageModel(nn.Module):
                     logits, _ = self(idx[:, -self.block_size :])
                 idx = torch.cat((idx, _drawn(logits[:, -1], temperature, top_k, generator)), 1)
         finally:
-            self.train(mode)
+            for module, training in modes.items():
+                module.training = training
         return idx
 
     def _continued(self, idx: Tensor, past: list[Any] | None) -> tuple[Tensor, list[Any]]:
@@ -242,6 +243,6 @@ def _drawn(logits: Tensor, temperature: float, top_k: int | None, generator: tor
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        largest, places = logits.topk(top_k)  # not what is as large as the least of them: there may be more than k
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, places, largest)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

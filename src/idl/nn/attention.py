@@ -285,8 +285,9 @@ class IDLAttention(ImplicitHeads):
                 f"`projection` must map {width} to {key.in_features}, and n_head divide {width}; got "
                 f"{projection.in_features} to {projection.out_features}, and {n_head} heads."
             )
-        everything = (*maps, projection)
-        options.setdefault("bias", any(linear.bias is not None for linear in everything))
+        biased = any(linear.bias is not None for linear in (*maps, projection))
+        if not options.setdefault("bias", biased) and biased:
+            raise ValueError("`bias` must be True for explicit maps with biases; got False. Leave it out: it is found.")
         settings = (block_size, fixed_point_iter, attention_version)
         attention = cls(key.in_features, n_head, *settings, head_size=width // n_head, **options)
         attention = attention.to(key.weight)

@@ -120,7 +120,8 @@ class ImplicitHeads(nn.Module):
         r"""Return a proved bound on the contraction of the whole map, all tokens together, in the max norm.
 
         Below 1 the equilibrium is unique for every input, and every start leads to it; see
-        :mod:`idl.attention.contraction` for the proof. ``None`` for softmax, which has no bound that holds for all
+        :mod:`idl.attention.contraction` for the proof. In training with dropout it is larger by ``1 / (1 - dropout)``,
+        for which ``contractive`` leaves room. ``None`` for softmax, which has no bound that holds for all
         inputs, whatever :math:`\|A\|_\infty` is.
 
         Args:
@@ -143,7 +144,15 @@ class ImplicitHeads(nn.Module):
         )
 
     def start_at(self, key: nn.Linear, query: nn.Linear, value: nn.Linear) -> None:
-        """Take the weights of explicit heads; no output adds to a key, query or value yet."""
+        """Take the weights of explicit heads; no output adds to a key, query or value yet.
+
+        Raises:
+            ValueError: If they have biases and these have none.
+        """
+        if self.bias is None and any(linear.bias is not None for linear in (key, query, value)):
+            raise ValueError(
+                "`bias` must be True for explicit heads with biases; got False. Leave it out: it is found."
+            )
         in_front, head = self.B.shape[:-2], self.head_size
         with torch.no_grad():
             (self.A if self.rank is None else self.L).zero_()
@@ -178,11 +187,13 @@ class ImplicitHeads(nn.Module):
         return eagerly(solved)
 
     def _heads(self) -> Heads:
-        contraction = (self.kappa, self.block_size) if self.contractive and self.block_size else None
+        kept = 1 / (1 - self.dropout) if self.dropout < 1 else 1.0  # the factor of weights that dropout keeps
+        # The same matrices in training and in evaluation, which is what the factor of training leaves room for.
+        contraction = (self.kappa / kept, self.block_size) if self.contractive and self.block_size else None
         count, size = self.B.shape[:-2].numel(), 3 * self.head_size
         B = self.B.reshape(count, size, self.n_embd)
         bias = None if self.bias is None else self.bias.reshape(count, size)
-        return Heads(self.form, self._admitted(), B, bias, self.causal, contraction)
+        return Heads(self.form, self._admitted(), B, bias, self.causal, contraction, kept if self.training else 1.0)
 
     def _admitted(self) -> StateMatrix:
         """Return the admissible state matrix, in float32 for half precision, with a dimension of heads in front."""

@@ -34,14 +34,16 @@ def convert_attention(
         model: The model.
         fixed_point_iter: Most steps of a solve.
         attention_version: ``"softmax"`` or ``"lipschitz"``; the latter does not start at the same function.
-        layers: Which of the model's self-attentions, by their place in the model, from 0; ``None`` for all.
+        layers: Which of the model's self-attentions, by their place in the model, from 0; ``None`` for all that are
+            explicit.
         options: Other settings of :class:`~idl.IDLAttention` by name.
 
     Returns:
         The model.
 
     Raises:
-        TypeError, ValueError: If nothing known is in the model, a layer does not exist, or a setting does not fit.
+        TypeError, ValueError: If nothing known and explicit is in the model, a layer does not exist or is implicit
+            already, or a setting does not fit.
 
     Example:
         >>> import torch
@@ -79,17 +81,18 @@ def implicit_class(model_class: type[Any]) -> type[Any]:
 
 
 def convert_sites(model: nn.Module, layers: Sequence[int] | None, settings: dict[str, Any]) -> None:
-    """Replace the chosen sites of a model, all if ``None``."""
+    """Replace the chosen sites of a model, all explicit ones if ``None``."""
     sites = list(_sites(model))
-    if not sites:
+    explicit = [layer for layer, site in enumerate(sites) if site.make is not None]
+    if not explicit:
         raise TypeError(
             "`model` must hold explicit self-attention of a GPTLanguageModel, nn.TransformerEncoderLayer, or GPT-2 or "
             f"BERT of transformers; found none in {type(model).__name__}."
         )
-    chosen = range(len(sites)) if layers is None else layers
-    if any(layer >= len(sites) for layer in chosen):
-        raise ValueError(f"`layers` must be from 0 to {len(sites) - 1}; got {list(chosen)}.")
-    replacements = [(sites[layer], sites[layer].make(settings)) for layer in dict.fromkeys(chosen)]
+    chosen = explicit if layers is None else list(dict.fromkeys(layers))
+    if not set(chosen) <= set(explicit):
+        raise ValueError(f"`layers` must be of those that are explicit, {explicit}; got {chosen}.")
+    replacements = [(site, site.make(settings)) for site in map(sites.__getitem__, chosen) if site.make is not None]
     for site, made in replacements:
         setattr(site.parent, site.name, made.train(site.parent.training))
     for module in model.modules():

@@ -39,8 +39,11 @@ class EncoderAttention(nn.Module):
         Masks are those of :class:`torch.nn.MultiheadAttention`: true, or hugely negative, where nothing is read.
 
         Raises:
-            ValueError: If query, key and value are not the same, or weights are asked for.
+            ValueError: If query, key and value are not the same, weights are asked for, or ``is_causal`` comes without
+                the mask that it is a hint about.
         """
+        if is_causal and attn_mask is None:
+            raise ValueError("`attn_mask` must be given with is_causal=True, which is a hint about it; got None.")
         if query is not key or key is not value or need_weights:
             raise ValueError(
                 "implicit attention is self-attention without weights: query, key and value must be one tensor, and "
@@ -67,9 +70,20 @@ def _read(mask: Tensor) -> Tensor:
 
 
 def sites(layer: nn.TransformerEncoderLayer) -> Iterator[Site]:
-    """Return the site of an encoder layer that is not converted yet."""
-    if isinstance(layer.self_attn, nn.MultiheadAttention):
-        yield Site(layer, "self_attn", _maker(layer.self_attn))
+    """Return the site of an encoder layer.
+
+    Raises:
+        ValueError: If its attention reads more than the tokens.
+    """
+    attention: nn.Module = layer.self_attn
+    if isinstance(attention, EncoderAttention):
+        yield Site(layer, "self_attn", None)
+    elif isinstance(attention, nn.MultiheadAttention):
+        if attention.add_zero_attn or attention.bias_k is not None:
+            raise ValueError(
+                "`model` must not use add_zero_attn or add_bias_kv: implicit attention reads tokens alone."
+            )
+        yield Site(layer, "self_attn", _maker(attention))
 
 
 def _maker(explicit: nn.MultiheadAttention) -> Any:

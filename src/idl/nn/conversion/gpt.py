@@ -12,10 +12,12 @@ from idl.nn.conversion.sites import Site, linear
 
 
 def sites(model: GPTLanguageModel) -> Iterator[Site]:
-    """Return a site for each block whose heads are all explicit."""
+    """Return a site for each block whose heads are all explicit, or that is converted."""
     for block in model.blocks:
         if isinstance(block.sa, SelfAttention) and all(isinstance(head, Head) for head in block.sa.heads):
             yield Site(block, "sa", _maker(block.sa, model.block_size))
+        elif isinstance(block.sa, IDLAttention):
+            yield Site(block, "sa", None)
 
 
 def _maker(attention: SelfAttention, block_size: int) -> Any:

@@ -82,6 +82,8 @@ def sites(parent: nn.Module) -> Iterator[Site]:
             yield Site(parent, name, functools.partial(_of_gpt2, child))
         if isinstance(child, BertSelfAttention):
             yield Site(parent, name, functools.partial(_of_bert, child))
+        if isinstance(child, CachedAttention):
+            yield Site(parent, name, None)
 
 
 def _of_gpt2(explicit: GPT2Attention, settings: dict[str, Any]) -> nn.Module:
@@ -104,9 +106,10 @@ def _of_bert(explicit: BertSelfAttention, settings: dict[str, Any]) -> nn.Module
 
 
 def remember(model: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """Write the conversion into the model's configuration, and give the model the class that reads it from there."""
-    model.config.implicit_attention = settings
-    model.__class__ = implicit_class(type(model))
+    """Add the conversion to the model's configuration, and give the model the class that reads it from there."""
+    model.config.implicit_attention = [*getattr(model.config, "implicit_attention", []), settings]
+    if type(model) not in _CLASSES.values():
+        model.__class__ = implicit_class(type(model))
 
 
 _CLASSES: dict[Any, Any] = {}
@@ -120,8 +123,15 @@ def implicit_class(model_class: Any) -> Any:
         return _CLASSES[model_class]
 
     def __init__(self: Any, config: Any, *arguments: Any, **keywords: Any) -> None:
+        conversions = getattr(config, "implicit_attention", None)
+        if conversions is None:
+            raise ValueError(
+                f"`config` must be that of a converted {model_class.__name__}; got one without implicit attention. "
+                "Load the explicit model and call idl.nn.convert_attention(model)."
+            )
         model_class.__init__(self, config, *arguments, **keywords)
-        convert_sites(self, **config.implicit_attention)
+        for conversion in conversions:
+            convert_sites(self, **conversion)
 
     name = f"Implicit{model_class.__name__}"
     members = {"__init__": __init__, "__module__": __name__, "__doc__": model_class.__doc__}

@@ -8,11 +8,14 @@ from torch import Tensor, nn
 
 
 class Site(NamedTuple):
-    """A place of self-attention: the module that holds it, its name there, and what makes its replacement."""
+    """A place of self-attention: the module that holds it, its name there, and what makes its replacement.
+
+    ``make`` is ``None`` where the attention is implicit already.
+    """
 
     parent: nn.Module
     name: str
-    make: Callable[[dict[str, Any]], nn.Module]
+    make: Callable[[dict[str, Any]], nn.Module] | None
     """From settings of :class:`~idl.IDLAttention` by name to the new module."""
 
 

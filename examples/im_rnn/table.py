@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from models import MODELS
 from rich.console import Console
-from train import DEFAULTS, RANGES, Settings, train
+from train import DEFAULTS, RANGES, Settings, load, train
 
 SEEDS = (0, 1, 2, 3, 4)
 NAMES = {"implicit": "ImplicitRNN", "lstm": "LSTM", "gru": "GRU", "relu": "ReLU RNN without biases", "linear": "linear"}
@@ -57,7 +58,21 @@ def forecasts(dataset: str, models: Runs) -> str:
         losses = [spread([epoch[f"{part}_loss"] for epoch in last]) for part in ("train", "test")]
         seconds = statistics.mean(run["seconds"] for run in of_seeds)
         lines.append(f"| {NAMES[model]} | {of_seeds[0]['parameters']:,} | {' | '.join(losses)} | {seconds:.0f} |")
+    if dataset != "argmax":
+        train_loss, test_loss = least_squares(DEFAULTS[dataset])
+        weights = DEFAULTS[dataset].length + 1
+        lines.append(f"| linear, least squares | {weights} | {train_loss:.3g} | {test_loss:.3g} | 0 |")
     return "\n".join(lines)
+
+
+def least_squares(settings: Settings) -> tuple[float, float]:
+    """Return the mean square errors of the linear map, with a constant, that fits the training windows best."""
+    data = load(settings)
+    (A, b), (A_test, b_test) = ((torch.nn.functional.pad(u.flatten(1), (0, 1), value=1.0), y) for u, y in data)
+    weights = torch.linalg.lstsq(A.double(), b.double()).solution
+    pairs = ((A, b), (A_test, b_test))
+    train_loss, test_loss = (float((inputs.double() @ weights - y).square().mean()) for inputs, y in pairs)
+    return train_loss, test_loss
 
 
 def extrapolation(models: Runs) -> str:

@@ -44,7 +44,9 @@ def _display(match: re.Match[str]) -> str:
 
 def _reference(target: str, owner: Object) -> str:
     shown = target.removeprefix("~").rsplit(".", 1)[-1] if target.startswith("~") else target
-    return f'<autoref optional identifier="{_full_name(target.removeprefix("~"), owner)}"><code>{shown}</code></autoref>'
+    return (
+        f'<autoref optional identifier="{_full_name(target.removeprefix("~"), owner)}"><code>{shown}</code></autoref>'
+    )
 
 
 def _full_name(name: str, owner: Object) -> str:

@@ -1,9 +1,11 @@
 """Hooks of the site's build: files from outside docs/ become pages, and TeX becomes MathML.
 
-MathML is drawn by the browser itself: no script, no download, neither while building nor while reading.
+MathML is drawn by the browser itself: no script, no download, neither while building nor while reading. It needs a
+font with metrics for mathematics, which few Linux machines have: STIX Two Math, as the package ziamath brings it.
 """
 
 import html
+import importlib.util
 import posixpath
 import re
 from pathlib import Path
@@ -26,6 +28,9 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages and pictures that live beside the code they speak of."""
     for path in (*PAGES, *PICTURES):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    package = importlib.util.find_spec("ziamath")
+    font = Path(str(package.origin)).parent / "fonts" / "STIXTwoMath-Regular.ttf"
+    files.append(File.generated(config, "fonts/math.ttf", abs_src_path=str(font)))
     return files
 
 
@@ -56,4 +61,5 @@ def on_page_content(markup: str, **_: Any) -> str:
 def _mathml(tex: str, display: str) -> str:
     tex = html.unescape(tex).strip()
     mathml = convert(tex, display=display)
+    mathml = re.sub(r"<mo(?=[^>]*>&#x0007C;<)", '<mo lspace="0" rspace="0"', mathml)  # bars are no relations here
     return mathml.replace("<math ", f'<math aria-label="{html.escape(tex, quote=True)}" ', 1)

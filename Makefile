@@ -12,11 +12,13 @@ ARGS ?=
 
 VENV := .venv
 BENCH_VENV := .venv-bench
+DOCS_VENV := .venv-docs
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(BENCH_VENV)/.installed
+DOCS_STAMP := $(DOCS_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test notebook lint bench bench-sim bench-rnn bench-attention install clean
+.PHONY: help demo test notebook lint bench bench-sim bench-rnn bench-attention docs docs-serve install clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,10 +49,19 @@ bench-rnn: $(BENCH_STAMP)  ## measure ImplicitRNN beside torchidl's, nn.GRU and 
 bench-attention: $(BENCH_STAMP)  ## measure implicit attention beside explicit attention
 	$(BENCH_VENV)/bin/python benchmarks/attention.py $(ARGS)
 
+# Material's notice about the next major version of mkdocs, which is not installed here, is switched off.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS_STAMP)  ## build the documentation into site/; a broken link or reference is an error
+	$(DOCS_VENV)/bin/mkdocs build --strict
+
+docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs-serve: $(DOCS_STAMP)  ## show the documentation at http://127.0.0.1:8000, rebuilt when a file changes
+	$(DOCS_VENV)/bin/mkdocs serve
+
 install: $(STAMP)  ## make the environment .venv and nothing else
 
 clean:  ## remove environments, caches and builds (runs/ stays)
-	rm -rf $(VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) $(DOCS_VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # $(call make_venv,FOLDER): an empty environment, unless it is there already with the same command still working.
@@ -77,4 +88,15 @@ $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
 		--constraint constraints.txt --requirement benchmarks/requirements.txt
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--no-deps torchidl==0.0.4 torchdeq==0.1.0
+	@touch $@
+
+# The requirements of the extra alone: with the library's own, torch would be installed to build pages that never import it.
+$(DOCS_STAMP): pyproject.toml constraints.txt
+	$(call make_venv,$(DOCS_VENV))
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(DOCS_VENV)/bin/python -c "from importlib.metadata import requires; \
+		print(*(line.split(';')[0] for line in requires('implicit-deep-learning') if 'docs' in line.split('extra ')[-1]), \
+		sep='\n')" > $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --requirement $(DOCS_VENV)/requirements.txt
 	@touch $@

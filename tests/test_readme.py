@@ -1,17 +1,35 @@
-"""The code in README.md runs as it stands, block after block."""
+"""The code in README.md and on the pages of docs/ runs as it stands, and links between files of the repository hold."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+WITH_CODE = ["README.md", *(page for page in PAGES if "```python\n" in (ROOT / page).read_text(encoding="utf-8"))]
+OTHERS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "examples/*/*.md", "benchmarks/*.md")
+    for path in ROOT.glob(pattern)
+)
 
 
-def test_the_blocks_of_the_readme_run_in_their_order():
+def test_pages_with_code_are_found():
+    assert len(WITH_CODE) >= 10
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_the_blocks_of_a_page_run_in_their_order(page):
     pytest.importorskip("sklearn")
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 2
-    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    names = {"__name__": "page"}
     for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
+        exec(compile(block, page, "exec", dont_inherit=True), names)
+
+
+@pytest.mark.parametrize("page", OTHERS + PAGES)
+def test_links_to_files_of_the_repository_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text)
+    assert [target for target in targets if not ((ROOT / page).parent / target).exists()] == []

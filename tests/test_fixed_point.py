@@ -16,6 +16,7 @@ from idl import (
     ImplicitAdjoint,
     ImplicitFunction,
     ImplicitFunctionTriu,
+    ImplicitModel,
     Newton,
     PhantomAdjoint,
     Picard,
@@ -368,3 +369,14 @@ def test_a_fixed_point_is_found_in_inference_mode():
     with torch.inference_mode():
         solution = fixed_point(torch.cos, torch.ones(3, 2, dtype=torch.float64))
     torch.testing.assert_close(solution.x, torch.full_like(solution.x, 0.7390851332), rtol=0, atol=1e-5)
+
+
+def test_a_warning_names_the_line_that_asked_for_the_solve():
+    model = torch.nn.Sequential(ImplicitModel(20, 5, 2, mitr=2), torch.nn.Linear(2, 2))
+    with pytest.warns(ConvergenceWarning) as caught:
+        model(torch.ones(3, 5))
+    assert [warning.filename for warning in caught] == [__file__]
+    loss = ImplicitModel(20, 5, 2, grad_mitr=1, grad_tol=1e-12)(torch.ones(3, 5)).sum()
+    with pytest.warns(ConvergenceWarning, match="adjoint") as caught:
+        loss.backward()
+    assert [warning.filename for warning in caught] == [__file__]

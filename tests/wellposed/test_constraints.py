@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from idl import Free, ImplicitFunction, InfNorm, InfNormProjection, StrictlyTriangular
-from idl.linalg.operators import Dense, Factored, StrictlyUpper
-from idl.wellposed import AbstractConstraint
+from idl import Free, ImplicitFunction, ImplicitModel, InfNorm, InfNormProjection, StrictlyTriangular
+from idl.linalg.operators import StrictlyUpper
+from idl.wellposed import AbstractConstraint, Dense, Factored
 
 BALLS = [InfNorm, InfNormProjection]
 KAPPAS = [0.01, 0.5, 0.9, 0.99, 0.9999]
@@ -224,3 +224,21 @@ def test_a_constraint_of_the_user_without_a_low_rank_form_refuses_factors():
     f = ImplicitFunction(constraint=SymmetricInfNorm())
     with pytest.raises(TypeError, match="has no low-rank form"):
         f((drawn(6, 2), drawn(6, 2)), drawn(6, 3), drawn(4, 3))
+
+
+def test_a_constraint_of_ones_own_returns_a_matrix_by_its_public_name():
+    @dataclass(frozen=True)
+    class Symmetric(AbstractConstraint):
+        kappa: float
+        contraction = None
+
+        def admit(self, A, lipschitz):
+            symmetric = (A + A.mT) / 2
+            return Dense(symmetric * self.kappa / torch.linalg.matrix_norm(symmetric, 2).clamp_min(self.kappa))
+
+    torch.manual_seed(0)
+    model = ImplicitModel(6, 3, 2, f=ImplicitFunction(activation="tanh", constraint=Symmetric(0.9)))
+    A = model.state_matrix()
+    torch.testing.assert_close(A, A.mT)
+    _, solution = model(torch.randn(4, 3), return_solution=True)
+    assert bool(solution.converged.all())

@@ -1,9 +1,11 @@
 """What an adjoint is, and the one report of a failed solve."""
 
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Literal
 
 from torch import Tensor
@@ -53,11 +55,22 @@ class FailureReport:
         )
         if self.on_failure == "raise":
             raise ConvergenceError(message)
-        warnings.warn(message, ConvergenceWarning, stacklevel=2)
+        warnings.warn(message, ConvergenceWarning, stacklevel=_level_of_the_caller(sys._getframe()))
 
     def _counted(self, failed: Tensor) -> str:
         """Return how many of the rows failed, in words."""
         return f"{int(failed.sum())} of {len(failed)} samples"
+
+
+_BETWEEN = ("idl", "torch", "jaxtyping", "beartype")  # the last two check annotations, if they are asked to
+
+
+def _level_of_the_caller(frame: FrameType) -> int:
+    """Return the ``stacklevel``, in ``frame``, of the line of the user's that asked for the solve."""
+    level = 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class AbstractAdjoint(ABC):

@@ -52,10 +52,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 def on_page_content(markup: str, **_: Any) -> str:
     """Replace what `pymdownx.arithmatex` marked as TeX by MathML."""
-    markup = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: _mathml(m[1], "inline"), markup)
-    return re.sub(
-        r'<div class="arithmatex">\\\[(.*?)\\\]</div>', lambda m: _mathml(m[1], "block"), markup, flags=re.DOTALL
-    )
+    for pattern, display in (
+        (r'<span class="arithmatex">\\\((.*?)\\\)</span>', "inline"),
+        (r'<div class="arithmatex">\\\[(.*?)\\\]</div>', "block"),
+    ):
+        markup = re.sub(pattern, lambda m, display=display: _mathml(m[1], display), markup, flags=re.DOTALL)
+    return markup
 
 
 def _mathml(tex: str, display: str) -> str:

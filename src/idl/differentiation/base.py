@@ -51,7 +51,7 @@ class FailureReport:
             + (f", rtol={solver.rtol:g}" if solver.rtol else "")
             + (f"; {lost} of them are NaN (is the input finite?)" if lost else "")
             + "."
-            + (f"\n    {self.advice()}" if self.advice is not None and subject == "equilibrium" else "")
+            + (f"\n    {self.advice()}" if self.advice is not None and subject == "equilibrium" and len(finite) else "")
         )
         if self.on_failure == "raise":
             raise ConvergenceError(message)

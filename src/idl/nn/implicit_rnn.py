@@ -188,9 +188,9 @@ class ImplicitRNN(nn.Module):
         return_sequence: Whether to predict at each time; else from the last hidden state (of each direction).
         parallel_in_time: Whether to solve all times together, by Newton's method and a scan, instead of one after
             another. The same result to the tolerance where equilibria are unique; sooner for long sequences of small
-            states in small batches, see the measured table in the README. Needs ``O(T h^2)`` memory a sequence. A
-            sequence on which it does not converge in 16 Newton steps, or in ``mitr`` steps of all equilibria of a time
-            together, is solved as without it, and so is an ``f`` that is solved step by step.
+            states in small batches, see the measured table in the documentation. Needs ``O(T h^2)`` memory a sequence.
+            A sequence on which it does not converge in 16 Newton steps, or in ``mitr`` steps of all equilibria
+            of a time together, is solved as without it, and so is an ``f`` that is solved step by step.
 
     Raises:
         TypeError, ValueError: If an argument is out of range.

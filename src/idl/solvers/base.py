@@ -125,7 +125,7 @@ class AbstractFixedPointSolver(ABC):
     Args:
         atol: Absolute tolerance on the estimated error, in the problem's norm.
         rtol: Tolerance relative to the problem's scale: the size of ``x``, or of the cotangent in an adjoint.
-        max_steps: Most applications of the map, or of its linearisation.
+        max_steps: Most applications of the map, or of its linearisation; a change of method may add one or two.
 
     Raises:
         TypeError, ValueError: If a tolerance is negative or ``max_steps < 1``.

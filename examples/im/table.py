@@ -14,8 +14,7 @@ import typer
 from rich.console import Console
 from train import Dataset, Settings, train
 
-from idl.data import DatasetError
-from idl.training import EpochRecord, draw_training
+from idl.training import EpochRecord, draw_training, exit_with_advice
 
 SEEDS = (0, 1, 2)
 MODELS = {
@@ -34,17 +33,11 @@ def main(
     """Run what is missing, print the table as Markdown and draw the full-rank runs of the first seed."""
     console = Console(stderr=True)  # so that the table alone can be sent to a file
     results = {}
-    try:
+    with exit_with_advice():
         for name, (model, rank) in MODELS.items():
             settings = Settings(dataset=dataset.value, model=model, rank=rank, epochs=epochs)
             runs = [replace(settings, seed=seed) for seed in SEEDS]
             results[name] = [train(run, out / run.name(), console) for run in runs]
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command continues where it stopped.", err=True)
-        raise typer.Exit(130) from None
-    except (OSError, ValueError, DatasetError) as error:  # all say what to do
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
 
     typer.echo(
         f"| {dataset.value}, {epochs} epochs | parameters | test accuracy (mean ± std, {len(SEEDS)} seeds) "

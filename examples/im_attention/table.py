@@ -15,6 +15,8 @@ from language_models import MODELS
 from rich.console import Console
 from train import Settings, tiny, train
 
+from idl.training import exit_with_advice
+
 SEEDS = (0, 1, 2)
 NAMES = {
     "explicit": "explicit",
@@ -35,18 +37,12 @@ def main(
     """Run what is missing and print the table as Markdown."""
     console = Console(stderr=True)  # so that the table alone can be sent to a file
     results = {model: list[dict[str, Any]]() for model in MODELS}
-    try:
+    with exit_with_advice():
         for seed in SEEDS[:2] if smoke else SEEDS:  # a seed of every model before the next
             for model in MODELS:
                 settings = Settings(dataset=dataset, model=model, seed=seed)
                 settings = tiny(settings) if smoke else settings
                 results[model].append(train(settings, out / settings.name(), console))
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command continues where it stopped.", err=True)
-        raise typer.Exit(130) from None
-    except (ImportError, OSError, RuntimeError, ValueError) as error:  # all say what to do
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
     typer.echo(table(dataset, results))
 
 

@@ -8,9 +8,7 @@
 Interrupted with Ctrl-C, the same command continues to the numbers of a run that was not.
 """
 
-import shlex
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -27,12 +25,10 @@ from idl.data import CharacterWindows
 from idl.training import (
     Labelled,
     Recipe,
-    RunFolder,
-    draw_training,
-    fit_supervised,
-    progress_line,
-    save_weights,
-    stop_on_interrupt,
+    Run,
+    exit_with_advice,
+    finished_run,
+    usable_device,
 )
 
 _SAMPLED = 400  # characters of the sample
@@ -54,6 +50,7 @@ class Settings:
     max_learning_rate: float = 3e-3
     fine_tuning_epochs: int = 3
     seed: int = 0
+    device: str = "cpu"
     characters: int | None = None  # of the text; None is all of them
 
     def name(self) -> str:
@@ -75,65 +72,50 @@ Model = Enum("Model", {name: name for name in MODELS}, type=str)  # type: ignore
 
 def train(settings: Settings, out: Path, console: Console, fresh: bool = False) -> dict[str, object]:
     """Train, or continue, or look up the run in folder `out`; return its metrics."""
-    # 1. The run folder: a finished run is looked up, an interrupted one goes on.
-    folder = RunFolder.open(out)
-    checkpoint = folder.path / "checkpoint.safetensors"
-    if fresh:
-        checkpoint.unlink(missing_ok=True)
-    elif (metrics := folder.finished(asdict(settings))) is not None:
-        console.print(f"Finished already (--fresh trains again): {out}", soft_wrap=True)
-        return metrics
+    return finished_run(settings, out, console, lambda run: _trained(settings, run), fresh=fresh)
 
-    # 2. Data and model. What is fine-tuned begins with an explicit model, which is trained now if it is not there yet.
+
+def _trained(settings: Settings, run: Run) -> dict[str, object]:
+    # 1. Data and model. What is fine-tuned begins with an explicit model, which is trained now if it is not there yet.
     windows = idl.data.character_windows(TEXTS[settings.dataset]()[: settings.characters], settings.block_size)
     model = build(settings.model, len(windows.alphabet), settings.shape(), settings.seed)
     recipe = Recipe(settings.epochs, settings.batch_size, settings.max_learning_rate, settings.seed)
     if settings.model in FINE_TUNED:
         explicit = replace(settings, model="explicit")
-        source = out.parent / explicit.name()
-        train(explicit, source, console)
+        source = run.path.parent / explicit.name()
+        train(explicit, source, run.console)
         model.load_state_dict(safetensors.torch.load_file(source / "weights.safetensors"))
         model = fine_tuned(settings.model, model)
         recipe = replace(recipe, epochs=settings.fine_tuning_epochs, max_learning_rate=settings.max_learning_rate / 3)
 
-    # 3. Training. The seed counts from here: building the models has drawn different numbers.
-    folder.start(asdict(settings))
+    model.to(settings.device)
+
+    # 2. Training. The seed counts from here: building the models has drawn different numbers.
     torch.manual_seed(settings.seed)
-    with stop_on_interrupt() as should_stop, progress_line(settings.model, console) as show:
-        history = fit_supervised(
-            model,
-            Labelled(windows.train_inputs, windows.train_targets),
-            Labelled(windows.test_inputs, windows.test_targets),
-            recipe,
-            checkpoint=checkpoint,
-            settings=asdict(settings),
-            on_progress=show,
-            should_stop=should_stop,
-        )
+    train_data = Labelled(windows.train_inputs, windows.train_targets)
+    test_data = Labelled(windows.test_inputs, windows.test_targets)
+    history = run.fit(settings.model, model, train_data, test_data, recipe)
 
-    # 4. What is left behind. The metrics come last: they mark the run as finished.
-    text = sample(model, windows, settings.seed)
-    metrics = {"parameters": parameters(model), "equilibria": equilibria(model, windows), **history.to_json()}
-    write_bytes(folder.path / "sample.txt", text.encode())
-    save_weights(folder.path / "weights.safetensors", model)
-    draw_training({settings.model: history.epochs}, folder.path / "training.png")
-    folder.finish(metrics)
-    checkpoint.unlink(missing_ok=True)
-    console.print(text, style="dim", markup=False, highlight=False)
-    console.print(f"Loss on the end of the text: {history.epochs[-1].test_loss:.3f}; run folder {out}", soft_wrap=True)
-    return metrics
+    # 3. What is known of the model now.
+    text = sample(model, windows, settings)
+    write_bytes(run.path / "sample.txt", text.encode())
+    run.console.print(text, style="dim", markup=False, highlight=False)
+    loss = history.epochs[-1].test_loss
+    run.console.print(f"Loss on the end of the text: {loss:.3f}; run folder {run.path}", soft_wrap=True)
+    found = equilibria(model, windows.test_inputs[:100].to(settings.device))
+    return {"parameters": parameters(model), "equilibria": found, **history.to_json()}
 
 
-def sample(model: NextCharacter, windows: CharacterWindows, seed: int) -> str:
+def sample(model: NextCharacter, windows: CharacterWindows, settings: Settings) -> str:
     """Return a text that the model goes on with after the beginning of the test part."""
-    start = windows.test_inputs[:1, : windows.test_inputs.shape[1] // 2]
-    generator = torch.Generator().manual_seed(seed)
+    start = windows.test_inputs[:1, : windows.test_inputs.shape[1] // 2].to(settings.device)
+    generator = torch.Generator(settings.device).manual_seed(settings.seed)
     drawn = model.gpt.generate(start, _SAMPLED, temperature=0.8, top_k=20, generator=generator)
-    return windows.decoded(drawn[0])
+    return windows.decoded(drawn[0].cpu())
 
 
-def equilibria(model: NextCharacter, windows: CharacterWindows) -> dict[str, float] | None:
-    """Return how many steps the equilibria of some test windows take, and how many are found, over all layers."""
+def equilibria(model: NextCharacter, characters: torch.Tensor) -> dict[str, float] | None:
+    """Return how many steps the equilibria of some windows take, and how many are found, over all layers."""
     solutions = []
 
     def note(attention: torch.nn.Module, arguments: tuple[torch.Tensor, ...], output: object) -> None:
@@ -142,7 +124,7 @@ def equilibria(model: NextCharacter, windows: CharacterWindows) -> dict[str, flo
     model.eval()
     handles = [attention.register_forward_hook(note) for attention in model.attentions()]
     with torch.no_grad():
-        model(windows.test_inputs[:100])
+        model(characters)
     for handle in handles:
         handle.remove()
     if not solutions:
@@ -159,23 +141,17 @@ def main(
     model: Annotated[Model, typer.Option(help="Which model.")] = Model["softmax"],  # type: ignore[valid-type]
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the text.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides weights, dropout, order of windows.")] = Settings.seed,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.", callback=usable_device)] = Settings.device,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny run that shows that all works.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, whatever was trained.")] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder; by default one below runs/im_attention.")] = None,
 ) -> None:
     """Train one language model on characters; an interrupted run continues."""
-    settings = Settings(dataset=dataset.value, model=model.value, seed=seed)
+    settings = Settings(dataset=dataset.value, model=model.value, seed=seed, device=device)
     settings = tiny(settings) if smoke else settings
     settings = settings if epochs is None else replace(settings, epochs=epochs)
-    try:
+    with exit_with_advice():
         train(settings, out or Path("runs/im_attention") / settings.name(), Console(), fresh)
-    except KeyboardInterrupt:
-        command = shlex.join(["python", *(argument for argument in sys.argv if argument != "--fresh")])
-        typer.echo(f"Interrupted. To continue where it stopped: {command}", err=True)
-        raise typer.Exit(130) from None
-    except (ImportError, OSError, RuntimeError, ValueError) as error:  # all say what to do
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
 
 
 def tiny(settings: Settings) -> Settings:

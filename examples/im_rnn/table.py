@@ -17,6 +17,8 @@ from models import MODELS
 from rich.console import Console
 from train import DEFAULTS, RANGES, Settings, load, train
 
+from idl.training import exit_with_advice
+
 SEEDS = (0, 1, 2, 3, 4)
 NAMES = {"implicit": "ImplicitRNN", "lstm": "LSTM", "gru": "GRU", "relu": "ReLU RNN without biases", "linear": "linear"}
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -29,15 +31,9 @@ def main(
     """Run what is missing and print the tables as Markdown."""
     console = Console(stderr=True)  # so that the tables alone can be sent to a file
     results: dict[str, Runs] = {}
-    try:
+    with exit_with_advice():
         for dataset, settings in DEFAULTS.items():
             results[dataset] = {model: runs(settings, model, smoke, out, console) for model in MODELS}
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command continues where it stopped.", err=True)
-        raise typer.Exit(130) from None
-    except (ImportError, OSError, ValueError) as error:  # all say what to do
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
     typer.echo("\n\n".join((*map(forecasts, results, results.values()), extrapolation(results["argmax"]))))
 
 

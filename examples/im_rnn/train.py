@@ -8,9 +8,7 @@
 Interrupted with Ctrl-C, the same command continues to the numbers of a run that was not.
 """
 
-import shlex
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -25,14 +23,12 @@ import idl.data
 from idl.training import (
     Labelled,
     Recipe,
-    RunFolder,
+    Run,
     draw_forecast,
-    draw_training,
     evaluate,
-    fit_supervised,
-    progress_line,
-    save_weights,
-    stop_on_interrupt,
+    exit_with_advice,
+    finished_run,
+    usable_device,
 )
 
 RANGES = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)  # of the argmax task's test sequences; 1 is that of the training
@@ -52,6 +48,7 @@ class Settings:
     max_learning_rate: float = 1e-2
     length: int = 10  # steps of a sequence
     seed: int = 0
+    device: str = "cpu"
     samples: int | None = None  # None is all of them
 
     def name(self) -> str:
@@ -95,60 +92,39 @@ def _argmax(samples: int, length: int, largest: float, seed: int) -> Labelled:
 
 def train(settings: Settings, out: Path, console: Console, fresh: bool = False) -> dict[str, object]:
     """Train, or continue, or look up the run in folder `out`; return its metrics."""
-    # 1. The run folder: a finished run is looked up, an interrupted one goes on.
-    folder = RunFolder.open(out)
-    checkpoint = folder.path / "checkpoint.safetensors"
-    if fresh:
-        checkpoint.unlink(missing_ok=True)
-    elif (metrics := folder.finished(asdict(settings))) is not None:
-        console.print(f"Finished already (--fresh trains again): {out}", soft_wrap=True)
-        return metrics
+    return finished_run(settings, out, console, lambda run: _trained(settings, run), fresh=fresh)
 
-    # 2. Data and model.
+
+def _trained(settings: Settings, run: Run) -> dict[str, object]:
+    # 1. Data and model.
     train_data, test_data = load(settings)
     classes = settings.dataset == "argmax"
     sizes = (settings.hidden_dim, settings.implicit_hidden_dim)
     model = build(settings.model, 1, settings.length if classes else 1, settings.length, sizes, settings.seed)
+    model.to(settings.device)
 
-    # 3. Training.
-    folder.start(asdict(settings))
+    # 2. Training.
     recipe = Recipe(settings.epochs, settings.batch_size, settings.max_learning_rate, settings.seed)
-    with stop_on_interrupt() as should_stop, progress_line(settings.model, console) as show:
-        history = fit_supervised(
-            model,
-            train_data,
-            test_data,
-            recipe,
-            checkpoint=checkpoint,
-            settings=asdict(settings),
-            on_progress=show,
-            should_stop=should_stop,
-        )
+    history = run.fit(settings.model, model, train_data, test_data, recipe)
 
-    # 4. What is left behind. The metrics come last: they mark the run as finished.
+    # 3. What is known of the model now.
     metrics = {"parameters": parameters(model), **history.to_json()}
     if classes:
         ranges = {f"{largest:g}": evaluate(model, argmax_test(settings, largest))[1] for largest in RANGES}
         metrics["accuracy_by_range"] = ranges
         result = ", ".join(f"x{largest} {100 * (right or 0):.1f} %" for largest, right in ranges.items())
     else:
-        draw_forecast(
-            test_data.labels[:, 0], {settings.model: forecast(model, test_data)}, folder.path / "forecast.png"
-        )
+        draw_forecast(test_data.labels[:, 0], {settings.model: forecast(model, test_data)}, run.path / "forecast.png")
         result = f"mean square error {history.epochs[-1].test_loss:.3g}"
-    save_weights(folder.path / "weights.safetensors", model)
-    draw_training({settings.model: history.epochs}, folder.path / "training.png")
-    folder.finish(metrics)
-    checkpoint.unlink(missing_ok=True)
-    console.print(f"Test: {result}; run folder {out}", soft_wrap=True)
+    run.console.print(f"Test: {result}; run folder {run.path}", soft_wrap=True)
     return metrics
 
 
 def forecast(model: nn.Module, data: Labelled) -> Tensor:
     """Return what a model expects after each window."""
     with torch.no_grad():
-        prediction: Tensor = model(data.inputs)[:, 0]
-    return prediction
+        prediction: Tensor = model(data.inputs.to(next(model.parameters()).device))[:, 0]
+    return prediction.cpu()
 
 
 def main(
@@ -158,6 +134,7 @@ def main(
     implicit_hidden_dim: Annotated[int, typer.Option(min=1, help="Size of x.")] = Settings.implicit_hidden_dim,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides weights and order of samples.")] = Settings.seed,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.", callback=usable_device)] = Settings.device,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny run that shows that all works.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, whatever was trained.")] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder; by default one below runs/im_rnn.")] = None,
@@ -169,20 +146,14 @@ def main(
         hidden_dim=hidden_dim,
         implicit_hidden_dim=implicit_hidden_dim,
         seed=seed,
+        device=device,
     )
     if epochs is not None:
         settings = replace(settings, epochs=epochs)
     if smoke:
         settings = replace(settings, epochs=2, samples=300)
-    try:
+    with exit_with_advice():
         train(settings, out or Path("runs/im_rnn") / settings.name(), Console(), fresh)
-    except KeyboardInterrupt:
-        command = shlex.join(["python", *(argument for argument in sys.argv if argument != "--fresh")])
-        typer.echo(f"Interrupted. To continue where it stopped: {command}", err=True)
-        raise typer.Exit(130) from None
-    except (ImportError, OSError, ValueError) as error:  # all say what to do
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

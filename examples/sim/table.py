@@ -23,9 +23,8 @@ from torch import nn
 from train import Dataset, Settings, Splits, accuracy, load_splits, train_teacher
 
 from idl import SIM
-from idl.data import DatasetError
 from idl.sim.solvers import Cardinality
-from idl.training import draw_tradeoff, write_json
+from idl.training import draw_tradeoff, exit_with_advice, write_json
 
 SEEDS = (0, 1, 2)
 KEPT = (0.05, 0.10, 0.15, 0.21, 0.34)
@@ -190,7 +189,7 @@ def main(
     seeds = SEEDS[:1] if smoke else SEEDS
     out.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(out / "results.json", console)
-    try:
+    with exit_with_advice():
         splits = load_splits(dataset.value, 512 if smoke else None)
         for seed in seeds:
             settings = Settings(dataset.value, seed=seed, training_images=512 if smoke else None)
@@ -202,12 +201,6 @@ def main(
             count_samples(ledger, f"mlp{seed}", teacher, splits)
             cnn = Settings(dataset.value, "cnn", seed=seed, training_images=512 if smoke else None)
             convolutional(ledger, f"cnn{seed}", trained(cnn, splits, out, console), splits)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command continues where it stopped.", err=True)
-        raise typer.Exit(130) from None
-    except (OSError, ValueError, DatasetError) as error:  # all say what to do
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
     typer.echo(tables(ledger.results, seeds, dataset.value))
     draw(ledger.results, seeds, out / "accuracy.png")
 

@@ -8,11 +8,9 @@
 Interrupted with Ctrl-C while the teacher trains, the same command continues to the numbers of a run that was not.
 """
 
-import shlex
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
@@ -30,8 +28,10 @@ from idl.sim.solvers import Cardinality
 from idl.training import (
     Labelled,
     Recipe,
-    RunFolder,
+    Run,
     draw_sparsity,
+    exit_with_advice,
+    finished_run,
     fit_supervised,
     progress_line,
     save_weights,
@@ -181,30 +181,25 @@ def train_teacher(settings: Settings, splits: Splits, checkpoint: Path, console:
 
 def train(settings: Settings, out: Path, console: Console, fresh: bool = False) -> dict[str, object]:
     """Run, continue or look up the run in folder `out`; return its metrics."""
-    # 1. The run folder: a finished run is looked up, an interrupted one goes on.
-    folder = RunFolder.open(out)
-    checkpoint = folder.path / "checkpoint.safetensors"
-    if fresh:
-        checkpoint.unlink(missing_ok=True)
-    elif (metrics := folder.finished(asdict(settings))) is not None:
-        console.print(f"Finished already (--fresh runs again): {out}", soft_wrap=True)
-        return metrics
-
-    # 2. SIM's settings are checked before the teacher costs any time; then data and teacher.
+    # SIM's settings are checked before the teacher costs any time.
     if settings.keep is None:
         sim = SIM(lam=settings.lam)
     else:
         sim = SIM(Cardinality(keep=settings.keep), lam=settings.lam, refit="layers")
-    splits = load_splits(settings.dataset, settings.training_images)
-    folder.start(asdict(settings))
-    teacher = train_teacher(settings, splits, checkpoint, console)
+    return finished_run(settings, out, console, lambda run: _modelled(settings, sim, run), fresh=fresh)
 
-    # 3. SIM: no label and no backpropagation from here on.
+
+def _modelled(settings: Settings, sim: SIM, run: Run) -> dict[str, object]:
+    # 1. Data and teacher.
+    splits = load_splits(settings.dataset, settings.training_images)
+    teacher = train_teacher(settings, splits, run.path / "checkpoint.safetensors", run.console)
+
+    # 2. SIM: no label and no backpropagation from here on.
     started = time.perf_counter()
-    sim.fit(teacher, Shown(splits.train.inputs[: settings.samples], console))
+    sim.fit(teacher, Shown(splits.train.inputs[: settings.samples], run.console))
     seconds = time.perf_counter() - started
 
-    # 4. What is left behind. The metrics come last: they mark the run as finished.
+    # 3. What is left behind.
     model, certificate = sim.model_, sim.certificate_
     kept = certificate.weights_kept
     metrics = {
@@ -215,17 +210,15 @@ def train(settings: Settings, out: Path, console: Console, fresh: bool = False) 
         "feasible": certificate.feasible,
         "seconds": seconds,
     }
-    save_weights(folder.path / "teacher.safetensors", teacher)
-    save_weights(folder.path / "weights.safetensors", model)
+    save_weights(run.path / "teacher.safetensors", teacher)
+    save_weights(run.path / "weights.safetensors", model)
     title = f"{kept.total:,} weights, {100 * kept.fraction:.1f} % of the teacher's {kept.teacher:,}"
     matrices = (model.A, model.B, model.C, model.D)
-    draw_sparsity(*matrices, folder.path / "sparsity.png", title=title)
-    folder.finish(metrics)
-    checkpoint.unlink(missing_ok=True)
-    console.print(str(certificate), highlight=False)
-    console.print(
+    draw_sparsity(*matrices, run.path / "sparsity.png", title=title)
+    run.console.print(str(certificate), highlight=False)
+    run.console.print(
         f"Test accuracy {100 * metrics['test_accuracy']:.2f} %, teacher {100 * metrics['teacher_accuracy']:.2f} %; "
-        f"run folder {out}",
+        f"run folder {run.path}",
         soft_wrap=True,
     )
     return metrics
@@ -247,15 +240,8 @@ def main(
     settings = Settings(dataset.value, teacher.value, epochs, lam=lam, keep=keep, samples=samples, seed=seed)
     if smoke:
         settings = replace(settings, epochs=8, batch_size=16, training_images=512)
-    try:
+    with exit_with_advice():
         train(settings, out or Path("runs/sim") / settings.name(), Console(), fresh)
-    except KeyboardInterrupt:
-        command = shlex.join(["python", *(argument for argument in sys.argv if argument != "--fresh")])
-        typer.echo(f"Interrupted. To continue where it stopped: {command}", err=True)
-        raise typer.Exit(130) from None
-    except (OSError, ValueError, idl.data.DatasetError) as error:  # all say what to do
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

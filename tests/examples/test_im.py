@@ -10,6 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from idl.training import experiment
+
 FOLDER = Path(__file__).parents[2] / "examples" / "im"
 
 
@@ -65,7 +67,7 @@ def test_smoke_runs_as_a_script(tmp_path):
 @pytest.mark.parametrize("options", [(), ("--low-rank", "--rank=2"), ("--model=mlp",)], ids=" ".join)
 def test_an_interrupted_run_continues_to_the_same_metrics(tmp_path, example, run, monkeypatch, options):
     assert run("--out", tmp_path / "whole", *options).exit_code == 0
-    bar = example.progress_line
+    bar = experiment.progress_line
 
     @contextmanager
     def interrupting(label, console):
@@ -77,11 +79,11 @@ def test_an_interrupted_run_continues_to_the_same_metrics(tmp_path, example, run
 
             yield show_and_interrupt
 
-    monkeypatch.setattr(example, "progress_line", interrupting)
+    monkeypatch.setattr(experiment, "progress_line", interrupting)
     result = run("--out", tmp_path / "parts", *options)
     assert result.exit_code == 130
     assert "To continue where it stopped" in result.output
-    monkeypatch.setattr(example, "progress_line", bar)
+    monkeypatch.setattr(experiment, "progress_line", bar)
     assert run("--out", tmp_path / "parts", *options).exit_code == 0
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 

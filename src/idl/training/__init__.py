@@ -8,6 +8,7 @@ from idl.atomic import write_json
 from idl.training.baseline import ExplicitMLP
 from idl.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from idl.training.diagnostics import EquilibriumReport, picard_residuals, report_equilibrium
+from idl.training.experiment import Run, exit_with_advice, finished_run, usable_device
 from idl.training.figures import draw_equilibrium, draw_forecast, draw_sparsity, draw_tradeoff, draw_training
 from idl.training.interruption import stop_on_interrupt
 from idl.training.progress import progress_line
@@ -25,6 +26,7 @@ __all__ = [
     "OneCycle",
     "Progress",
     "Recipe",
+    "Run",
     "RunFolder",
     "draw_equilibrium",
     "draw_forecast",
@@ -32,6 +34,8 @@ __all__ = [
     "draw_tradeoff",
     "draw_training",
     "evaluate",
+    "exit_with_advice",
+    "finished_run",
     "fit_supervised",
     "load_checkpoint",
     "picard_residuals",
@@ -41,5 +45,6 @@ __all__ = [
     "save_weights",
     "settings_that_differ",
     "stop_on_interrupt",
+    "usable_device",
     "write_json",
 ]

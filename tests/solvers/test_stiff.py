@@ -91,6 +91,13 @@ def test_newton_is_right_in_float32(name):
     assert relative_error(solved(A, u, Newton(), on_failure="raise").x, exact) <= promised
 
 
+@pytest.mark.parametrize("n", [100, 400])
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if name != "five blocks .999"])
+def test_anderson_is_right_where_slow_directions_are_few(name, n):
+    A, u, exact, _ = stiff(name, n)
+    assert relative_error(solved(A, u, Anderson(), on_failure="raise").x, exact) <= 1e-4
+
+
 @pytest.mark.parametrize("solver", [Adaptive(atol=1e-10), Newton(atol=1e-10)], ids=repr)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_tolerance_is_reached_in_float64(name, solver):

@@ -9,6 +9,8 @@ from torch import Tensor
 from idl import checks
 from idl.solvers.base import AbstractFixedPointSolver, Problem, largest_ratio
 
+_GROWTH = 10.0  # of a residual in a step, at which a history is no help; on the way to a fixed point 2 is usual
+
 
 class AndersonState(NamedTuple):
     """State of :class:`Anderson`; histories are ``(rows, memory, n)``.
@@ -42,8 +44,8 @@ class Anderson(AbstractFixedPointSolver):
     """Mix the last images so that the mixed defect is smallest (Anderson 1965; Walker and Ni 2011, type II).
 
     Each row has weights of its own, from a ridge-regularised system of at most ``memory`` unknowns that is solved
-    without raising. Safeguard: a row whose residual doubles over its last forgets its history and goes on from a
-    damped Picard step. Uses no derivative, so it serves maps of which only values are known, and large ones. A step
+    without raising. Safeguard: a row whose residual grows tenfold in a step forgets its history and goes on from
+    a damped Picard step. Uses no derivative, so it serves maps of which only values are known, and large ones. A step
     costs an application and ``O(memory * n)`` a row.
 
     Args:
@@ -51,7 +53,7 @@ class Anderson(AbstractFixedPointSolver):
         memory: Number of images that are kept.
         ridge: Size of the regularisation, relative to the mean squared defect of the history.
         mixing: How far to go from the mixed points to their mixed images, in (0, 1]. At 1 a map that contracts takes
-            the fewest steps, by little, and one that overshoots (a trained attention does) circles.
+            the fewest steps, by little, and one that overshoots, as a trained attention does, takes more.
 
     Raises:
         TypeError, ValueError: If an argument is out of range.
@@ -91,7 +93,7 @@ class Anderson(AbstractFixedPointSolver):
         image = problem(point)
         residual = problem.distance(image, point)
         spent = 1
-        worse = ~(residual <= 2 * state.residual)
+        worse = ~(residual <= _GROWTH * state.residual)
         valid = state.valid & ~worse[:, None]
         if budget > 1 and bool(worse.any()):
             point = torch.where(worse[:, None], torch.lerp(state.x, state.image, self.mixing), point)

@@ -51,7 +51,8 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
             if ended_rows is None:
                 settled = torch.ones(rows, dtype=torch.bool, device=state.x.device)
                 return Iterate(state.x.to(dtype), _filled(settled, spent), settled, True, state.rate)
-            best = _Best.begin(first, state, torch.ones_like(state.residual, dtype=torch.bool))
+            done = torch.ones_like(state.residual, dtype=torch.bool)
+            best = _Best(state.x, state.residual, done, torch.zeros_like(state.residual))
             break
         # While every row is finite and the worst of them improves, the newest iterate is the best: nothing to note.
         improves = state.worst < before or state.worst == before == math.inf
@@ -109,12 +110,12 @@ class _Best(NamedTuple):
         """Return the better of these and the present iterates, row by row; the last step cost ``cost``."""
         since = torch.where(state.residual < self.residual, 0, self.since + cost)
         near = (self.residual <= state.tolerance) & (problem.distance(state.x, self.x) <= state.tolerance)
-        done = done | (near & (since >= _STUCK) & ~has_run_away(problem, state.x, first))
+        stuck = near & (since >= _STUCK) & ~has_run_away(problem, state.x, first)  # its best stays its best
         better = state.residual.isfinite() & (state.residual <= self.residual) | (done & ~self.settled)
         return _Best(
             torch.where(better[:, None], state.x, self.x),
             torch.where(better, state.residual, self.residual),
-            self.settled | done,
+            self.settled | done | stuck,
             since,
         )
 

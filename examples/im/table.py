@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from train import Dataset, Settings, train
 
-from idl.training import EpochRecord, draw_training, exit_with_advice
+from idl.training import EpochRecord, draw_training, exit_with_advice, spread
 
 SEEDS = (0, 1, 2)
 MODELS = {
@@ -53,7 +53,7 @@ def main(
 def row(name: str, results: list[dict[str, object]]) -> str:
     """Return one line of the table; the standard deviation is that of a sample, with n - 1."""
     accuracies = [100 * result["test_accuracy"] for result in results]
-    accuracy = f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} %"
+    accuracy = f"{spread(accuracies)} %"
     steps = "-"
     if "equilibrium" in results[0]:
         reports = [result["equilibrium"] for result in results]

@@ -6,7 +6,6 @@ Finished runs are looked up and an interrupted one continues, so the command can
 """
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from language_models import MODELS
 from rich.console import Console
 from train import Settings, tiny, train
 
-from idl.training import exit_with_advice
+from idl.training import exit_with_advice, spread
 
 SEEDS = (0, 1, 2)
 NAMES = {
@@ -51,7 +50,7 @@ def table(dataset: str, results: dict[str, list[dict[str, Any]]]) -> str:
     lines = [f"| {dataset} | parameters | training loss | test loss | steps | seconds |", "|---|---|---|---|---|---|"]
     for model, runs in results.items():
         last = [run["epochs"][-1] for run in runs]
-        losses = [spread([epoch[f"{part}_loss"] for epoch in last]) for part in ("train", "test")]
+        losses = [spread([epoch[f"{part}_loss"] for epoch in last], ".3f") for part in ("train", "test")]
         steps = (
             "" if runs[0]["equilibria"] is None else f"{statistics.mean(r['equilibria']['steps'] for r in runs):.1f}"
         )
@@ -59,11 +58,6 @@ def table(dataset: str, results: dict[str, list[dict[str, Any]]]) -> str:
         cells = [NAMES[model], f"{runs[0]['parameters']:,}", *losses, steps, f"{seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Return mean and standard deviation, that of a sample, with n - 1."""
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 if __name__ == "__main__":

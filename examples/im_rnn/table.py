@@ -17,9 +17,10 @@ from models import MODELS
 from rich.console import Console
 from train import DEFAULTS, RANGES, Settings, load, train
 
-from idl.training import exit_with_advice
+from idl.training import exit_with_advice, spread
 
 SEEDS = (0, 1, 2, 3, 4)
+FORMS = (".3g", ".2g")  # of means and deviations, which differ by powers of ten
 NAMES = {"implicit": "ImplicitRNN", "lstm": "LSTM", "gru": "GRU", "relu": "ReLU RNN without biases", "linear": "linear"}
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -51,7 +52,7 @@ def forecasts(dataset: str, models: Runs) -> str:
     lines = [f"| {dataset} | parameters | training loss | test loss | seconds |", "|---|---|---|---|---|"]
     for model, of_seeds in models.items():
         last = [run["epochs"][-1] for run in of_seeds]
-        losses = [spread([epoch[f"{part}_loss"] for epoch in last]) for part in ("train", "test")]
+        losses = [spread([epoch[f"{part}_loss"] for epoch in last], *FORMS) for part in ("train", "test")]
         seconds = statistics.mean(run["seconds"] for run in of_seeds)
         lines.append(f"| {NAMES[model]} | {of_seeds[0]['parameters']:,} | {' | '.join(losses)} | {seconds:.0f} |")
     if dataset != "argmax":
@@ -77,14 +78,9 @@ def extrapolation(models: Runs) -> str:
     lines = ["| argmax, accuracy in % | " + " | ".join(f"x{name}" for name in names) + " |"]
     lines.append("|---|" + "---|" * len(names))
     for model, of_seeds in models.items():
-        cells = [spread([100 * run["accuracy_by_range"][name] for run in of_seeds]) for name in names]
+        cells = [spread([100 * run["accuracy_by_range"][name] for run in of_seeds], *FORMS) for name in names]
         lines.append(f"| {NAMES[model]} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Return mean and standard deviation, that of a sample, with n - 1."""
-    return f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.2g}"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from train import Dataset, Settings, Splits, accuracy, load_splits, train_teache
 
 from idl import SIM
 from idl.sim.solvers import Cardinality
-from idl.training import draw_tradeoff, exit_with_advice, write_json
+from idl.training import draw_tradeoff, exit_with_advice, spread, write_json
 
 SEEDS = (0, 1, 2)
 KEPT = (0.05, 0.10, 0.15, 0.21, 0.34)
@@ -229,10 +229,6 @@ def tables(results: dict[str, Result], seeds: Sequence[int], dataset: str) -> st
 
     def over_seeds(name: str, key: str, scale: float = 100) -> list[float]:
         return [scale * results[name.format(seed)][key] for seed in seeds]
-
-    def spread(values: list[float]) -> str:
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
 
     teacher = over_seeds("mlp{}/teacher", "test")
     lines = [

@@ -905,10 +905,12 @@ def test_a_recurrence_that_overflows_ends_in_numbers_or_in_a_warning(parallel_in
         matrices.B.copy_(torch.tensor([[0.5, 0.16]]))
         matrices.C.fill_(0.18)
         matrices.D.zero_()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for times in (60, 118, 130):
-            model(torch.full((1, times, 1), 1e30, dtype=torch.float64))
+    for times in (60, 118, 130):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            output = model(torch.full((1, times, 1), 1e30, dtype=torch.float64))
+        assert all(warning.category is ConvergenceWarning for warning in caught)
+        assert bool(output.isfinite().all()) or caught
 
 
 # --- the solution ---------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from idl.training.progress import progress_line
 from idl.training.runs import RunFolder, save_weights, settings_that_differ
 from idl.training.schedule import OneCycle
 from idl.training.supervised import EpochRecord, History, Labelled, Progress, Recipe, evaluate, fit_supervised
+from idl.training.tables import spread
 
 __all__ = [
     "CheckpointError",
@@ -44,6 +45,7 @@ __all__ = [
     "save_checkpoint",
     "save_weights",
     "settings_that_differ",
+    "spread",
     "stop_on_interrupt",
     "usable_device",
     "write_json",

@@ -126,6 +126,23 @@ def test_a_failure_under_a_contraction_says_that_it_is_slow():
         equilibrium(0.999 * eye.flip(0), eye, torch.ones_like(eye), solver=Picard(max_steps=5))
 
 
+@pytest.mark.parametrize(
+    ("solver", "phi", "names_newton"),
+    [
+        (Picard(max_steps=20), "relu", True),
+        (Adaptive(max_steps=20), torch.cos, True),  # of which no derivative is known: Anderson took over
+        (Adaptive(max_steps=20), "relu", False),  # Newton took over
+        (Newton(max_steps=20), "relu", False),
+    ],
+)
+def test_a_failure_does_not_advise_what_was_tried(solver, phi, names_newton):
+    u = torch.ones(1, 1, dtype=torch.float64)
+    A = torch.full_like(u, 3.0)  # x = relu(3 x + 1) and x = cos(3 x + 1): no solution, and one that expands
+    with pytest.warns(ConvergenceWarning) as caught:
+        equilibrium(A, u, u, phi=phi, solver=solver)
+    assert ("try solver=Newton()" in str(caught[0].message)) == names_newton
+
+
 BAD = {
     "A is not square": (lambda A, B, u: (A[:, :5], B, u, {}), ValueError, ["`A`", "square", "(6, 5)"]),
     "A is a vector": (lambda A, B, u: (A[0], B, u, {}), ValueError, ["`A`", "(6,)"]),

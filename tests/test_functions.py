@@ -162,6 +162,32 @@ def test_an_overridden_phi_and_an_activation_contradict_each_other():
         Own(activation="tanh")
 
 
+class Steep(ImplicitFunctionInf):
+    lipschitz = 3.0
+
+    def phi(self, z):
+        return 3 * torch.tanh(z)
+
+    def dphi(self, z):
+        return 3 * (1 - torch.tanh(z) ** 2)
+
+
+def test_a_subclass_that_knows_its_slope_contracts_and_has_an_error_bound(tensors):
+    A, B, u, _ = tensors
+    f = Steep(kappa=0.9, tol=1e-4)
+    assert f.state_matrix(10 * A).dense().abs().sum(1).max() <= 0.3
+    found, exact = (g.solution(10 * A, B, u) for g in (f, Steep(kappa=0.9, tol=1e-13)))
+    error = (found.x - exact.x).abs().amax(1)
+    assert (error <= found.error_bound).all() and found.error_bound.max() < 1e-2
+
+
+def test_a_slope_is_a_positive_number(as_users_run_it):
+    with pytest.raises(ValueError, match=r"`lipschitz` must be finite and > 0; got -1"):
+        Activation(torch.sin, lipschitz=-1.0)
+    with pytest.raises(TypeError, match=r"`phi` must be a function of a tensor; got 'tanh'"):
+        Activation("tanh")
+
+
 def test_a_copy_of_a_function_uses_its_own_phi():
     class Learned(ImplicitFunctionInf):
         def __init__(self, slope):

@@ -22,6 +22,7 @@ from idl.maps.general import GeneralMap
 from idl.maps.layout import StateLayout
 from idl.solvers.adaptive import Adaptive
 from idl.solvers.base import AbstractFixedPointSolver, Solution
+from idl.solvers.newton import Newton
 from idl.transforms import transforms_are_active
 
 _P = ParamSpec("_P")
@@ -241,7 +242,7 @@ def attempt(
     parameters = (rows, *rest)
     if isinstance(parametric, GeneralMap) and start is None:
         start = torch.zeros_like(rows)
-    report = FailureReport(on_failure, lambda: advice(state_matrix))
+    report = FailureReport(on_failure, lambda: advice(state_matrix, parametric, solver))
     with without_autocast(Z.device):
         x, steps, converged = adjoint.fixed_point(parametric, solver, start, parameters, report)
     result = x.to(dtype)
@@ -346,12 +347,13 @@ def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
     return all(size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(target), strict=False))
 
 
-def advice(state_matrix: StateMatrix) -> str:
+def advice(state_matrix: StateMatrix, parametric: ParametricMap, solver: AbstractFixedPointSolver) -> str:
     """Return what is known of why a solve with this matrix did not converge, and what to try."""
     norm = float(inf_norm(state_matrix.detached()))
     contracts = "so the map contracts, but slowly" if norm < 1 else "so the map need not contract"
     constrain = "Lower kappa" if norm < 1 else "Constrain A with ImplicitFunctionInf (||A||_inf <= kappa < 1)"
+    tried_newton = isinstance(solver, Newton) or (isinstance(solver, Adaptive) and isinstance(parametric, AffineMap))
+    another = "" if tried_newton else ", or try solver=Newton()"
     return (
-        f"max row sum of |A| is {norm:.4g}, {contracts}. {constrain}, raise mitr (the solver's max_steps), "
-        "or try solver=Newton()."
+        f"max row sum of |A| is {norm:.4g}, {contracts}. {constrain}, or raise mitr (the solver's max_steps){another}."
     )

@@ -50,6 +50,11 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     Raises:
         TypeError: If JSON has no form for a value; the file then stays as it was.
         OSError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(Path(folder) / "metrics.json", {"test_loss": 0.5})
     """
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 

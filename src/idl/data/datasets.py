@@ -103,6 +103,10 @@ class Dataset:
         test_images: Images in [0, 1].
         test_labels: For each image, an index into ``classes``.
         classes: Names of the classes.
+
+    Example:
+        >>> digits().train_images.shape
+        torch.Size([1437, 1, 8, 8])
     """
 
     name: str
@@ -129,6 +133,10 @@ def digits() -> Dataset:
 
     Raises:
         ImportError: If scikit-learn is missing.
+
+    Example:
+        >>> digits()
+        Dataset('digits', train=(1437, 1, 8, 8), test=(360, 1, 8, 8), classes=10)
     """
     try:
         from sklearn.datasets import load_digits
@@ -164,6 +172,10 @@ def fashion_mnist(*, download: bool = True, progress: bool = True) -> Dataset:
     Raises:
         DatasetError: If a file is nowhere, cannot be downloaded or is damaged.
         ImportError: If a download needs a package that is missing.
+
+    Example:
+        >>> fashion_mnist()  # doctest: +SKIP
+        Dataset('fashion-mnist', train=(60000, 1, 28, 28), test=(10000, 1, 28, 28), classes=10)
     """
     return _idx_dataset(FASHION_MNIST, _FASHION_CLASSES, download=download, progress=progress)
 
@@ -181,6 +193,10 @@ def mnist(*, download: bool = True, progress: bool = True) -> Dataset:
     Raises:
         DatasetError: If a file is nowhere, cannot be downloaded or is damaged.
         ImportError: If a download needs a package that is missing.
+
+    Example:
+        >>> mnist()  # doctest: +SKIP
+        Dataset('mnist', train=(60000, 1, 28, 28), test=(10000, 1, 28, 28), classes=10)
     """
     return _idx_dataset(MNIST, _DIGIT_CLASSES, download=download, progress=progress)
 
@@ -198,6 +214,10 @@ def cifar10(*, download: bool = True, progress: bool = True) -> Dataset:
     Raises:
         DatasetError: If the file is nowhere, cannot be downloaded or is damaged.
         ImportError: If a download needs a package that is missing.
+
+    Example:
+        >>> cifar10()  # doctest: +SKIP
+        Dataset('cifar10', train=(50000, 3, 32, 32), test=(10000, 3, 32, 32), classes=10)
     """
     archive = read(CIFAR10, "cifar-10-binary.tar.gz", download=download, progress=progress)
     members = [f"data_batch_{number}.bin" for number in range(1, 6)] + ["test_batch.bin"]

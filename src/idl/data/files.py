@@ -16,7 +16,15 @@ _TIMEOUT = 30  # seconds without an answer
 
 
 class DatasetError(RuntimeError):
-    """A data file is missing, damaged or out of reach. The message says which one and what to do."""
+    """A data file is missing, damaged or out of reach. The message says which one and what to do.
+
+    Example:
+        >>> from idl.data import load
+        >>> try:
+        ...     dataset = load("cifar10", download=False)
+        ... except DatasetError as error:
+        ...     advice = str(error)
+    """
 
 
 @dataclass(frozen=True)

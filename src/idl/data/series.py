@@ -29,6 +29,10 @@ def spiky(points: int = 10_000, regions: int = 29, noise: float = 0.25, seed: in
 
     Raises:
         TypeError, ValueError: If an argument is out of range, or the regions do not fit.
+
+    Example:
+        >>> spiky(points=500, regions=2).shape
+        torch.Size([500])
     """
     points = checks.positive_integer("points", points)
     regions = checks.non_negative_integer("regions", regions)
@@ -52,6 +56,10 @@ def sunspots() -> Float[Tensor, " years"]:
 
     Raises:
         ImportError: If statsmodels is missing.
+
+    Example:
+        >>> sunspots().shape
+        torch.Size([309])
     """
     try:
         from statsmodels.datasets import sunspots as source
@@ -71,6 +79,11 @@ class Windows:
         train_inputs, test_inputs: Windows.
         train_targets, test_targets: The value after each.
         low, high: What became 0 and 1: the smallest and largest value of the training part.
+
+    Example:
+        >>> windows = sliding_windows(torch.arange(20.0), length=3)
+        >>> windows.restored(windows.test_targets[0])
+        tensor([17.])
     """
 
     train_inputs: Float[Tensor, "train length 1"]
@@ -97,6 +110,11 @@ def sliding_windows(series: Float[Tensor, " points"], length: int, train: float 
 
     Raises:
         TypeError, ValueError: If an argument is out of range, a part has no window, or the training part is constant.
+
+    Example:
+        >>> windows = sliding_windows(torch.arange(20.0), length=3)
+        >>> windows.train_inputs.shape, windows.test_inputs.shape
+        (torch.Size([11, 3, 1]), torch.Size([3, 3, 1]))
     """
     series, length = checks.floating_tensor("series", series), checks.positive_integer("length", length)
     if series.dim() != 1:
@@ -131,6 +149,11 @@ def rolling_argmax(
 
     Raises:
         TypeError, ValueError: If an argument is out of range.
+
+    Example:
+        >>> numbers, places = rolling_argmax(samples=2, length=5)
+        >>> numbers.shape, places.shape
+        (torch.Size([2, 5, 1]), torch.Size([2, 5]))
     """
     if not low < high:
         raise ValueError(f"`low` must be below `high`; got {low} and {high}.")
@@ -156,6 +179,11 @@ def rolling_average(
 
     Raises:
         TypeError, ValueError: If an argument is out of range.
+
+    Example:
+        >>> numbers, means = rolling_average(samples=2, length=5)
+        >>> torch.allclose(means[:, -1], numbers.mean(1))
+        True
     """
     deviation = checks.non_negative("deviation", deviation)
     drawn = torch.randn(_shape(samples, length), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

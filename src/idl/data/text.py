@@ -23,7 +23,12 @@ TINYSHAKESPEARE = Source(
 
 
 def topics() -> str:
-    """Return the help texts of this Python, about half a million characters; another Python has other ones."""
+    """Return the help texts of this Python, about half a million characters; another Python has other ones.
+
+    Example:
+        >>> "lambda" in topics()
+        True
+    """
     from pydoc_data.topics import topics as by_name  # half a megabyte, which nothing else needs
 
     return "\n\n".join(by_name[name] for name in sorted(by_name))
@@ -39,6 +44,13 @@ def tinyshakespeare(*, download: bool = True, progress: bool = True) -> str:
     Raises:
         DatasetError: If the file is nowhere, cannot be read or downloaded, or has a wrong hash.
         ImportError: If a package of the extra ``demo`` is needed and missing.
+
+    Returns:
+        The text, 1,115,394 characters.
+
+    Example:
+        >>> print(tinyshakespeare()[:14])  # doctest: +SKIP
+        First Citizen:
     """
     return read(TINYSHAKESPEARE, "tinyshakespeare.txt", download=download, progress=progress).decode()
 
@@ -52,6 +64,11 @@ class CharacterWindows(NamedTuple):
         train_targets: Next characters, ``(windows, length)``.
         test_inputs: The same of the end of the text, which no training window touches.
         test_targets: Next characters.
+
+    Example:
+        >>> windows = character_windows("to be or not to be " * 5, length=8, test_fraction=0.2)
+        >>> windows.decoded(windows.train_inputs[0]), windows.decoded(windows.train_targets[0])
+        ('to be or', 'o be or ')
     """
 
     alphabet: str
@@ -83,6 +100,14 @@ def character_windows(text: str, length: int, test_fraction: float = 0.1) -> Cha
 
     Raises:
         TypeError, ValueError: If an argument is out of range, or the text gives no window to train or to test on.
+
+    Returns:
+        The windows as integers.
+
+    Example:
+        >>> windows = character_windows("abcabcabcabc", length=2, test_fraction=0.4)
+        >>> windows.alphabet, windows.train_inputs.shape, windows.test_inputs.shape
+        ('abc', torch.Size([3, 2]), torch.Size([2, 2]))
     """
     length = checks.positive_integer("length", length)
     test_fraction = checks.in_open_unit("test_fraction", test_fraction)

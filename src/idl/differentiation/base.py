@@ -74,7 +74,21 @@ def _level_of_the_caller(frame: FrameType) -> int:
 
 
 class AbstractAdjoint(ABC):
-    """A rule that gives gradients to the parameters of a fixed point."""
+    """A rule that gives gradients to the parameters of a fixed point.
+
+    To add a rule, write a class with :meth:`fixed_point`.
+
+    Example:
+        >>> import torch
+        >>> from idl import UnrolledAdjoint, fixed_point
+        >>> class Stopped(AbstractAdjoint):
+        ...     def fixed_point(self, parametric, solver, x0, parameters, report):
+        ...         x, *rest = UnrolledAdjoint().fixed_point(parametric, solver, x0, parameters, report)
+        ...         return x.detach(), *rest
+        >>> w = torch.tensor(0.5, requires_grad=True)
+        >>> fixed_point(lambda x: w * x + 1, torch.zeros(()), adjoint=Stopped()).x.requires_grad
+        False
+    """
 
     @abstractmethod
     def fixed_point(

@@ -29,6 +29,17 @@ class ImplicitAdjoint(AbstractAdjoint):
     Args:
         solver: Method of these linear solves. Its tolerance should be relative (``rtol``), so that a gradient's
             direction does not depend on the scale of the loss.
+
+    Raises:
+        TypeError: If ``solver`` is not a solver.
+
+    Example:
+        >>> from idl import fixed_point
+        >>> w = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        >>> solution = fixed_point(lambda x: w * x + 1, torch.zeros_like(w), adjoint=ImplicitAdjoint())
+        >>> solution.x.backward()  # x = 1 / (1 - w)
+        >>> w.grad
+        tensor(4.0000, dtype=torch.float64)
     """
 
     solver: AbstractFixedPointSolver = field(default_factory=lambda: Adaptive(atol=0.0, rtol=3e-6))

@@ -26,6 +26,14 @@ class PhantomAdjoint(AbstractAdjoint):
 
     Raises:
         TypeError, ValueError: If an argument is out of range.
+
+    Example:
+        >>> from idl import fixed_point
+        >>> w = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        >>> solution = fixed_point(lambda x: w * x + 1, torch.zeros_like(w), adjoint=PhantomAdjoint(steps=2))
+        >>> solution.x.backward()  # 2 * (1 + .5), where the exact gradient is 4
+        >>> w.grad
+        tensor(3.0000, dtype=torch.float64)
     """
 
     steps: int = 5

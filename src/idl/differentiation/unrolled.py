@@ -24,6 +24,14 @@ class UnrolledAdjoint(AbstractAdjoint):
 
     Raises:
         TypeError, ValueError: If ``steps < 1``.
+
+    Example:
+        >>> from idl import fixed_point
+        >>> w = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        >>> solution = fixed_point(lambda x: w * x + 1, torch.zeros_like(w), adjoint=UnrolledAdjoint(steps=40))
+        >>> solution.x.backward()
+        >>> w.grad
+        tensor(4.0000, dtype=torch.float64)
     """
 
     steps: int = 100

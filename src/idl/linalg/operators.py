@@ -20,7 +20,12 @@ def to_precise(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Dense:
-    """An ``n x n`` matrix."""
+    """An ``n x n`` matrix.
+
+    Example:
+        >>> Dense(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).apply(torch.tensor([[1.0, 0.0]]))
+        tensor([[1., 3.]])
+    """
 
     matrix: Tensor
 
@@ -175,7 +180,13 @@ class Sparse(Dense):
 
 @dataclass(frozen=True)
 class Factored:
-    """A matrix ``A = left right^T`` of low rank, never multiplied out: ``O(n r)`` a product."""
+    """A matrix ``A = left right^T`` of low rank, never multiplied out: ``O(n r)`` a product.
+
+    Example:
+        >>> Factored(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])).dense()
+        tensor([[3., 4.],
+                [6., 8.]])
+    """
 
     left: Tensor
     right: Tensor
@@ -239,11 +250,11 @@ class Factored:
         return self.left.shape[1] <= 4
 
     def inverses(self, slope: Tensor) -> Tensor:
-        """Return what :meth:`solve_by` needs to solve for these slopes, ``(rows, r, r)``."""
+        """Return what :meth:`solve_by` needs to solve for each ``slope``, ``(rows, r, r)``."""
         return torch.linalg.inv_ex(self._small(slope))[0].transpose(1, 2)
 
     def solve_by(self, inverses: Tensor, slope: Tensor, rhs: Tensor, out: Tensor | None = None) -> Tensor:
-        """Solve as :meth:`solve` does, with systems that are inverted already."""
+        """Solve for ``slope`` and ``rhs`` as :meth:`solve` does, with the ``inverses`` there are, into ``out``."""
         s = torch.bmm((rhs @ self.right)[:, None], inverses)[:, 0]
         return torch.addcmul(rhs, slope, s @ self.left.T, out=out)
 

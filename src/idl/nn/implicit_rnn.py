@@ -137,7 +137,14 @@ class ImplicitRNNCell(nn.Module):
         return self.model(both, x0, return_solution=True) if return_solution else self.model(both, x0)
 
     def run(self, rows: Tensor, timeline: Timeline, h0: Tensor, *, parallel_in_time: bool = False) -> Trajectory:
-        """Return the equilibria of packed sequences, from inputs ``(rows, input_dim)`` and ``h0``."""
+        """Return the equilibria of packed sequences.
+
+        Args:
+            rows: Inputs, ``(rows, input_dim)``.
+            timeline: Which rows belong to which time.
+            h0: Hidden states before the first time, ``(sequences, hidden_dim)``.
+            parallel_in_time: See :class:`ImplicitRNN`.
+        """
         return self.f.sequence(
             *self.model._matrices(), rows, h0, timeline, bias=self.model.bias, parallel_in_time=parallel_in_time
         )

@@ -51,7 +51,14 @@ class SparseImplicitModel(ImplicitModel):
         self._keep_support()
 
     def support(self, name: str) -> Bool[Tensor, "rows columns"]:
-        """Return which entries of the matrix ``"A"`` (or ``"L"`` or ``"R"``), ``"B"``, ``"C"`` or ``"D"`` are there."""
+        """Return which entries of a matrix are there.
+
+        Args:
+            name: ``"A"`` (or ``"L"`` or ``"R"``), ``"B"``, ``"C"`` or ``"D"``.
+
+        Raises:
+            ValueError: If the model has no such matrix.
+        """
         support: Tensor = getattr(self, _buffer(checks.one_of("name", name, tuple(self._dense_matrices()))))
         return support
 

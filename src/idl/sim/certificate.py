@@ -11,7 +11,16 @@ from idl.sim.solvers.base import RowSolution
 
 @dataclass(frozen=True)
 class WeightsKept:
-    """Non-zero weights of the model, those of L and R as A's, and the number of weights of its teacher."""
+    """Non-zero weights of the model, those of L and R as A's, and the number of weights of its teacher.
+
+    Attributes:
+        A, B, C, D: Non-zeros of each matrix.
+        teacher: Number of weights of the teacher.
+
+    Example:
+        >>> WeightsKept(A=10, B=20, C=15, D=5, teacher=200).fraction
+        0.25
+    """
 
     A: int
     B: int
@@ -47,6 +56,13 @@ class Certificate:
         samples: Number of samples seen.
         rank: Number of columns of ``L`` and ``R`` if ``A = L R^T``, whose row sums are then bounded by those of
             ``|L| |R|^T``. Rows are of ``[L B]`` and optima given ``R``; that ``R`` is the best is not proved.
+
+    Example:
+        >>> from idl import SIM
+        >>> teacher = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> certificate = SIM(lam=1e-2).fit(teacher, [torch.randn(200, 8)]).certificate_
+        >>> bool((certificate.states.gap <= certificate.tol).all())
+        True
     """
 
     states: RowSolution

@@ -45,6 +45,13 @@ def lambda_path(
     Raises:
         CaptureError, TypeError: As :class:`~idl.SIM` and :meth:`~idl.SIM.fit` do.
         ValueError: As these do, or if ``folder`` holds a path of other settings or data, or a damaged file.
+
+    Example:
+        >>> teacher = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+        >>> for sim in lambda_path(teacher, [torch.randn(200, 8)], [1e-4, 1e-2]):
+        ...     print(sim.lam, sim.certificate_.feasible)
+        0.01 True
+        0.0001 True
     """
     if not isinstance(lams, Iterable):
         raise TypeError(f"`lams` must be several weights of the penalty; got {lams!r}. Try [1e-2, 1e-3].")

@@ -36,6 +36,14 @@ class RowProblem:
             larger before their means were taken off; those of ``G`` and ``e`` if ``None``.
         ridge: ``r >= 0`` of :math:`\tfrac12 \sum_j r_j w_j^2`, 0 if ``None``. Where targets need not be matched exactly
             solvers add it to ``G``.
+
+    Example:
+        >>> from idl.sim.solvers import Hybrid
+        >>> gram, correlations = torch.eye(2, dtype=torch.float64), torch.tensor([[1.0, 0.3]], dtype=torch.float64)
+        >>> energies, penalty = torch.ones(1, dtype=torch.float64), torch.full((2,), 0.1, dtype=torch.float64)
+        >>> problem = RowProblem(gram, correlations, energies, penalty, ball=2, radius=0.8)
+        >>> Hybrid(tol=1e-9).solve(problem).W  # without the ball (.9, .2), and with it .15 less of each
+        tensor([[0.7500, 0.0500]], dtype=torch.float64)
     """
 
     gram: Float[Tensor, "d d"]
@@ -99,6 +107,8 @@ class RowProblem:
     def prox(self, V: Float[Tensor, "rows d"], step: Float[Tensor, "#rows 1"]) -> Float[Tensor, "rows d"]:
         r"""Return :math:`\arg\min_w \tfrac12 |w - v|^2 + t \sum_j p_j |w_j|` under the ball, or with the knee.
 
+        The rows of ``V`` are :math:`v`, and ``step`` is :math:`t`.
+
         A soft threshold, then the projection onto the ball: together exact, since the multiplier of the ball only
         raises the threshold further. With a knee the multiplier lowers :math:`|v_j|` before the entry is shrunk.
         """
@@ -123,7 +133,7 @@ class RowProblem:
         return torch.copysign(magnitudes, W)
 
     def dual(self, W: Float[Tensor, "rows d"], q: Float[Tensor, "rows d"]) -> Float[Tensor, " rows"]:
-        r"""Return a lower bound of the optimum of each row, tight at the optimum.
+        r"""Return a lower bound of the optimum of each row from a point ``W``, tight where ``W`` is optimal.
 
         The dual function at :math:`\theta = s (z - Sw)`, for several ``s``. The conjugate of the ball is exact; of the
         other columns it is known that :math:`\sum_j p_j |w_j| \le P`, with ``P`` the objective reached, which holds at

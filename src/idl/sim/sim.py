@@ -173,7 +173,13 @@ class SIM:
             return self._search(recorded, loader, 1 - checks.in_open_unit("target_sparsity", target_sparsity))
 
     def fit_recorded(self, recorded: Recorded, loader: Iterable[Any], near: "SIM | None" = None) -> "SIM":
-        """Fit to what was recorded before; ``near`` is a fit with another ``lam``, from which the rows start."""
+        """Fit to what was recorded before, as :func:`lambda_path <idl.sim.lambda_path>` does for each ``lam``.
+
+        Args:
+            recorded: The teacher's moments.
+            loader: See :meth:`fit`.
+            near: A fit with another ``lam``, from which the rows start.
+        """
         start = None if near is None else near.certificate_
         self.model_, self.certificate_ = fit_model(recorded, loader, self.settings, start)
         return self
@@ -222,7 +228,7 @@ class SIM:
         return other
 
     def predict(self, u: Tensor) -> Float[Tensor, "*batch q"]:
-        """Return the outputs of :attr:`model_` for inputs, without a gradient."""
+        """Return the outputs of :attr:`model_` for inputs ``u``, ``(..., p)`` or samples of any shape; no gradient."""
         model = self._fitted()
         with torch.no_grad():
             u = checks.floating_tensor("u", u).to(model.B)

@@ -20,6 +20,19 @@ class Adaptive(AbstractFixedPointSolver):
     Well-conditioned equilibria, the rule in training, cost a few Picard steps and nothing else. Once the measured
     rate predicts more than 200 further steps, or more than ``max_steps`` allow, the iteration goes on from where it
     is: by :class:`Newton` where the map offers cheap products with its Jacobian, else by :class:`Anderson`.
+
+    Args:
+        atol, rtol, max_steps: See :class:`AbstractFixedPointSolver`.
+
+    Raises:
+        TypeError, ValueError: If an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> from idl import fixed_point
+        >>> solution = fixed_point(torch.cos, torch.tensor(1.0), solver=Adaptive(atol=1e-6))
+        >>> bool(solution.converged)
+        True
     """
 
     def init(self, problem: Problem, x: Tensor | None) -> tuple[PicardState, int]:

@@ -57,6 +57,11 @@ class Anderson(AbstractFixedPointSolver):
 
     Raises:
         TypeError, ValueError: If an argument is out of range.
+
+    Example:
+        >>> from idl import fixed_point
+        >>> fixed_point(torch.cos, torch.tensor(1.0), solver=Anderson(memory=3)).x
+        tensor(0.7391)
     """
 
     memory: int = 6
@@ -75,7 +80,7 @@ class Anderson(AbstractFixedPointSolver):
         return self.begin(problem, x, self.tolerance(problem, x)), 2
 
     def begin(self, problem: Problem, x: Tensor, tolerance: Tensor) -> AndersonState:
-        """Return the state at ``x``; one application."""
+        """Return the state of ``problem`` at ``x``, for a ``tolerance`` of each row; one application."""
         image = problem(x)
         residual = problem.distance(image, x)
         rows, n = x.shape

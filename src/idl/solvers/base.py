@@ -23,6 +23,12 @@ class Solution:
         converged: Whether the estimated error reached the tolerance (or the rounding floor of the dtype).
         error_bound: Proved bound on the largest entry of ``|x - x*|``, ``residual / (1 - kappa)``, where the map is
             known to contract by ``kappa`` in the max norm; ``None`` where nothing is proved or the residual is rounded.
+
+    Example:
+        >>> from idl import fixed_point
+        >>> solution = fixed_point(torch.cos, torch.tensor(1.0))
+        >>> solution.x, solution.converged
+        (tensor(0.7391), tensor(True))
     """
 
     x: Any
@@ -129,6 +135,22 @@ class AbstractFixedPointSolver(ABC):
 
     Raises:
         TypeError, ValueError: If a tolerance is negative or ``max_steps < 1``.
+
+    Example:
+        >>> from idl import fixed_point
+        >>> @dataclass(frozen=True)
+        ... class Plain(AbstractFixedPointSolver):
+        ...     def init(self, problem, x):
+        ...         return self._state(problem, problem.start(x)), 1
+        ...     def step(self, problem, state, budget):
+        ...         return self._state(problem, state.x), 1
+        ...     def _state(self, problem, x):
+        ...         image, tolerance = problem(x), self.tolerance(problem, x)
+        ...         residual = problem.distance(image, x)  # taken as the error too, which a slow map makes larger
+        ...         worst = largest_ratio(residual, tolerance)
+        ...         return State(image, residual, residual, tolerance, worst, settled=worst <= 1)
+        >>> fixed_point(torch.cos, torch.tensor(1.0), solver=Plain()).x
+        tensor(0.7391)
     """
 
     atol: float = 3e-6
@@ -142,7 +164,12 @@ class AbstractFixedPointSolver(ABC):
 
     @abstractmethod
     def init(self, problem: Problem, x: Tensor | None) -> tuple[Any, int]:
-        """Return the first state and the applications it cost; ``x`` is ``None`` for a start at zero."""
+        """Return the first state and the applications it cost.
+
+        Args:
+            problem: The map.
+            x: Start, ``(rows, n)``; ``None`` for zeros.
+        """
 
     @abstractmethod
     def step(self, problem: Problem, state: Any, budget: int) -> tuple[Any, int]:
@@ -150,10 +177,15 @@ class AbstractFixedPointSolver(ABC):
 
         A state is a ``NamedTuple`` with at least the fields of :class:`State`. The loop takes the rows that go on out
         of every tensor in it.
+
+        Args:
+            problem: The map, of the rows that are in ``state``.
+            state: What :meth:`init` or this method returned.
+            budget: Applications that are left.
         """
 
     def tolerance(self, problem: Problem, x: Tensor) -> Tensor:
-        """Return the tolerance of each row, positive."""
+        """Return the tolerance of each row of ``x``, positive, for the scale of ``problem``."""
         smallest = torch.finfo(x.dtype).tiny  # where nothing is tolerated a zero residual still is
         if not self.rtol:
             return x.new_full((x.shape[0],), max(self.atol, smallest))

@@ -53,6 +53,13 @@ class Picard(AbstractFixedPointSolver):
 
     Raises:
         TypeError, ValueError: If an argument is out of range.
+
+    Example:
+        >>> from idl import fixed_point
+        >>> def f(x):  # overshoots: plain steps double their distance to the fixed point 1
+        ...     return 3 - 2 * x
+        >>> fixed_point(f, torch.tensor(0.0), solver=Picard(damping=0.25)).x
+        tensor(1.0000)
     """
 
     damping: float = 1.0

@@ -12,10 +12,19 @@ from idl.solvers.base import AbstractFixedPointSolver, Problem, State
 class BackSubstitution(AbstractFixedPointSolver):
     """Solve a strictly triangular map unit by unit, in blocks: exact, in the cost of one application.
 
-    The tolerances are not used; a start is not needed.
+    A start is not needed.
+
+    Args:
+        atol, rtol, max_steps: Not used; see :class:`AbstractFixedPointSolver`.
 
     Raises:
         TypeError: When it is run on a map that is not triangular.
+
+    Example:
+        >>> from idl import ImplicitFunctionTriu
+        >>> A = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+        >>> ImplicitFunctionTriu()(A, B=torch.eye(2), u=torch.ones(1, 2))
+        tensor([[3., 1.]])
     """
 
     def init(self, problem: Problem, x: Tensor | None) -> tuple[State, int]:

@@ -23,6 +23,10 @@ class ExplicitMLP(nn.Module):
 
     Raises:
         ValueError: If a dimension is below 1 or the rank is out of range.
+
+    Example:
+        >>> ExplicitMLP(64, 100, 10)(torch.rand(32, 64)).shape
+        torch.Size([32, 10])
     """
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, rank: int | None = None) -> None:

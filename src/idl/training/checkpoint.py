@@ -22,7 +22,20 @@ _FORMAT = "idl checkpoint 1"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be continued from: damaged, foreign, or of a run with other settings."""
+    """A checkpoint cannot be continued from: damaged, foreign, or of a run with other settings.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     layer = nn.Linear(1, 1)
+        ...     try:
+        ...         load_checkpoint(
+        ...             Path(file.name), model=layer, optimizer=torch.optim.Adam(layer.parameters()), settings={}
+        ...         )
+        ...     except CheckpointError as error:
+        ...         print(str(error).splitlines()[-1].strip())
+        Delete it to start the run again.
+    """
 
 
 def save_checkpoint(
@@ -41,6 +54,19 @@ def save_checkpoint(
         optimizer: Optimizer whose parameters are parameters of ``model``.
         settings: Everything that decides the numbers of the run, as JSON values.
         position: Where the run is and what it counted so far, as JSON values. Floats come back exactly.
+
+    Raises:
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> layer = nn.Linear(1, 1)
+        >>> optimizer = torch.optim.Adam(layer.parameters())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "checkpoint.safetensors"
+        ...     save_checkpoint(file, model=layer, optimizer=optimizer, settings={"seed": 0}, position={"step": 7})
+        ...     load_checkpoint(file, model=layer, optimizer=optimizer, settings={"seed": 0})
+        {'step': 7}
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     numbers: dict[str, object] = {}
@@ -85,6 +111,9 @@ def load_checkpoint(
         FileNotFoundError: If there is no such file.
         CheckpointError: If the file is damaged or no checkpoint, if a setting differs (each is named), or if
             its tensors do not fit ``model``.
+
+    Example:
+        See :func:`save_checkpoint`.
     """
     tensors, metadata = _read(path)
     position = json.loads(metadata["position"])

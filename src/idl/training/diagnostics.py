@@ -21,6 +21,16 @@ class EquilibriumReport(NamedTuple):
 
     ``norm`` is the largest row sum of ``|A|``, which bounds the contraction; ``residual_max`` is over the
     samples; ``converged`` is the share of samples that reached the model's tolerance, in [0, 1].
+
+    Attributes:
+        steps_median: Of the samples.
+        steps_max: Of the samples.
+        residual_max: Largest ``|f(x) - x|``.
+        converged: Share of samples that reached the model's tolerance, in [0, 1].
+        norm: Largest row sum of ``|A|``, which bounds the contraction.
+
+    Example:
+        See :func:`report_equilibrium`.
     """
 
     steps_median: float
@@ -39,6 +49,14 @@ def report_equilibrium(model: ImplicitModel, inputs: Float[Tensor, "batch p"]) -
 
     Returns:
         The report.
+
+    Raises:
+        TypeError, ValueError: If the inputs do not fit the model.
+
+    Example:
+        >>> from idl import ImplicitModel
+        >>> report_equilibrium(ImplicitModel(10, 4, 2), torch.rand(5, 4)).converged
+        1.0
     """
     with torch.no_grad():
         _, solution = model(inputs, return_solution=True)
@@ -65,6 +83,10 @@ def picard_residuals(
 
     Returns:
         One row per step, the first for ``x0``.
+
+    Example:
+        >>> picard_residuals(lambda x: x / 2, torch.ones(1, 1), tol=0.2, max_steps=10)[:, 0]
+        tensor([0.5000, 0.2500, 0.1250])
     """
     residuals = []
     x = x0

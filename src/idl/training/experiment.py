@@ -33,6 +33,9 @@ class Run:
         path: Its folder, for what else it leaves behind.
         settings: Everything that decides its numbers, as JSON values.
         console: Where it shows how far it is.
+
+    Example:
+        See :func:`finished_run`.
     """
 
     path: Path
@@ -90,6 +93,22 @@ def finished_run(
     Raises:
         FileExistsError: If ``out`` is a file or holds files that no run wrote.
         ValueError: If the folder holds a run with other settings.
+
+    Example:
+        >>> import tempfile
+        >>> from rich.console import Console
+        >>> @dataclass(frozen=True)
+        ... class Settings:
+        ...     seed: int = 0
+        >>> def work(run):
+        ...     print("working")
+        ...     return {"test_loss": 0.5}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for _ in range(2):  # the second time it is looked up
+        ...         finished_run(Settings(), Path(folder) / "run", Console(quiet=True), work)
+        working
+        {'test_loss': 0.5}
+        {'test_loss': 0.5}
     """
     values = asdict(settings)
     folder = RunFolder.open(out)
@@ -111,6 +130,18 @@ def exit_with_advice() -> Iterator[None]:
     """Turn what ends a command early into a line on standard error and an exit code: 130 for Ctrl-C, else 1.
 
     The errors meant here say themselves what to do. After Ctrl-C the same command, without ``--fresh``, continues.
+
+    Raises:
+        typer.Exit: Of that code, instead of what came.
+
+    Example:
+        >>> import typer
+        >>> try:
+        ...     with exit_with_advice():
+        ...         raise ValueError("`epochs` must be at least 1; got 0.")
+        ... except typer.Exit as end:
+        ...     end.exit_code
+        1
     """
     import typer
 
@@ -130,6 +161,10 @@ def usable_device(name: str) -> str:
 
     Raises:
         typer.BadParameter: If it cannot.
+
+    Example:
+        >>> usable_device("cpu")
+        'cpu'
     """
     import typer
 

@@ -34,6 +34,12 @@ def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: Path) ->
 
     Raises:
         ValueError: If there are no or too many models.
+
+    Example:
+        >>> import tempfile
+        >>> records = [EpochRecord(1.2, 0.5, 1.3, 0.4), EpochRecord(0.9, 0.7, 1.1, 0.6)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     draw_training({"implicit": records}, Path(folder) / "training.png")
     """
     if not 1 <= len(histories) <= len(_COLOURS):
         raise ValueError(f"`histories` must have 1 to {len(_COLOURS)} models; got {len(histories)}.")
@@ -71,6 +77,17 @@ def draw_equilibrium(
         path: File to write; its folder must exist.
         rate: Proved contraction per step; the picture shows ``rate ** step`` times the largest first
             residual.
+
+    Raises:
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from idl.training import picard_residuals
+        >>> A = torch.tensor([[0.5]])
+        >>> residuals = picard_residuals(lambda x: torch.relu(x @ A.T + 1), torch.zeros(1, 1), tol=1e-6, max_steps=50)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     draw_equilibrium(residuals, A, Path(folder) / "equilibrium.png", rate=0.5)
     """
     figure = _figure(9.0, 3.8)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
@@ -121,6 +138,15 @@ def draw_sparsity(
         D: Direct term.
         path: File to write; its folder must exist.
         title: Title of the picture.
+
+    Raises:
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> A, B, C, D = torch.eye(3), torch.ones(3, 5), torch.ones(2, 3), torch.zeros(2, 5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     draw_sparsity(A, B, C, D, Path(folder) / "sparsity.png", title="24 of 40 weights")
     """
     (n, p), q = B.shape, len(C)
     rows = [torch.cat(pair, 1).detach().cpu() != 0 for pair in ((A, B), (C, D))]
@@ -147,6 +173,12 @@ def draw_forecast(truth: Float[Tensor, " times"], forecasts: Mapping[str, Float[
 
     Raises:
         ValueError: If there are no or too many models.
+
+    Example:
+        >>> import tempfile
+        >>> truth = torch.rand(50)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     draw_forecast(truth, {"the last value": truth.roll(1)}, Path(folder) / "forecast.png")
     """
     if not 1 <= len(forecasts) <= len(_COLOURS):
         raise ValueError(f"`forecasts` must have 1 to {len(_COLOURS)} models; got {len(forecasts)}.")
@@ -170,6 +202,14 @@ def draw_tradeoff(curves: Mapping[str, Sequence[tuple[float, float]]], reference
         curves: Points of each method: weights kept in percent, from few to many, and accuracy in percent.
         reference: Accuracy of the network that all of them start from, in percent.
         path: File to write; its folder must exist.
+
+    Raises:
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     draw_tradeoff({"SIM": [(10.0, 85.0), (20.0, 88.0)]}, 89.0, Path(folder) / "tradeoff.png")
     """
     figure = _figure(9.0, 4.5)
     axes = figure.subplots()

@@ -16,6 +16,11 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
     Yields:
         A function that says whether Ctrl-C came.
+
+    Example:
+        >>> with stop_on_interrupt() as should_stop:
+        ...     should_stop()
+        False
     """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -24,6 +24,11 @@ def progress_line(label: str, console: Console) -> Iterator[Callable[[Progress],
 
     Yields:
         A function to call with the progress, as ``on_progress`` of :func:`idl.training.fit_supervised`.
+
+    Example:
+        >>> from rich.console import Console
+        >>> with progress_line("implicit", Console(quiet=True)) as show:
+        ...     show(Progress(step=50, total_steps=100, epoch=1, epochs=2, loss=0.9, accuracy=None))
     """
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar

@@ -28,6 +28,15 @@ class RunFolder:
 
     Args:
         path: The folder, made by :meth:`open`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     folder = RunFolder.open(Path(place) / "run")
+        ...     folder.start({"seed": 0})
+        ...     folder.finish({"test_loss": 0.5})
+        ...     folder.finished({"seed": 0})
+        {'test_loss': 0.5}
     """
 
     path: Path
@@ -108,6 +117,16 @@ def save_weights(path: Path, model: nn.Module) -> None:
         path: File to write; its folder must exist.
         model: Model whose ``state_dict`` is saved; ``load_state_dict(safetensors.torch.load_file(path))``
             restores it.
+
+    Raises:
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_weights(Path(folder) / "weights.safetensors", nn.Linear(2, 1))
+        ...     list(safetensors.torch.load_file(Path(folder) / "weights.safetensors"))
+        ['bias', 'weight']
     """
     # A copy of each tensor, since safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
@@ -124,6 +143,10 @@ def settings_that_differ(saved: Mapping[str, object], wanted: Mapping[str, objec
     Returns:
         One phrase for each name that has another value or stands on one side only; empty if the settings
         agree.
+
+    Example:
+        >>> settings_that_differ({"seed": 0, "epochs": 3}, {"seed": 1, "epochs": 3})
+        ['seed (0 there, 1 here)']
     """
     wanted = cast(dict[str, object], json.loads(json.dumps(wanted)))  # tuples as lists, as they were saved
     names = sorted(saved.keys() | wanted.keys())

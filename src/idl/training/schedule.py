@@ -20,6 +20,10 @@ class OneCycle:
 
     Raises:
         ValueError: If ``total_steps`` or ``max_learning_rate`` is out of range.
+
+    Example:
+        >>> OneCycle(total_steps=100, max_learning_rate=1.0).learning_rate(29)
+        1.0
     """
 
     total_steps: int

@@ -28,7 +28,17 @@ _EVALUATION_BATCH = 1000
 
 
 class Labelled(NamedTuple):
-    """Inputs, one per row, and what is to be predicted of each: a class, several of them, or numbers."""
+    """Inputs, one per row, and what is to be predicted of each: a class, several of them, or numbers.
+
+    Attributes:
+        inputs: Inputs, ``(samples, ...)``.
+        labels: Classes, ``(samples, ...)`` integers, or numbers, ``(samples, q)``.
+
+    Example:
+        >>> data = Labelled(inputs=torch.rand(5, 3), labels=torch.tensor([0, 1, 1, 0, 1]))
+        >>> len(data.labels)
+        5
+    """
 
     inputs: Float[Tensor, "samples ..."] | Int[Tensor, "samples ..."]
     labels: Int[Tensor, "samples ..."] | Float[Tensor, "samples q"]
@@ -38,6 +48,16 @@ class EpochRecord(NamedTuple):
     """Loss and accuracy of an epoch: on the training data while learning, on the test data at its end.
 
     Only classes have an accuracy; of numbers it is ``None``.
+
+    Attributes:
+        train_loss: Mean over the epoch, while learning.
+        train_accuracy: In [0, 1].
+        test_loss: At the end of the epoch.
+        test_accuracy: In [0, 1].
+
+    Example:
+        >>> EpochRecord(train_loss=0.9, train_accuracy=0.7, test_loss=1.1, test_accuracy=0.6).test_accuracy
+        0.6
     """
 
     train_loss: float
@@ -47,7 +67,20 @@ class EpochRecord(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a run is: steps done of how many, epoch counted from 1, its loss and accuracy so far."""
+    """Where a run is: steps done of how many, epoch counted from 1, its loss and accuracy so far.
+
+    Attributes:
+        step: Optimizer steps done.
+        total_steps: Those of the whole run.
+        epoch: The present one.
+        epochs: How many there are.
+        loss: Mean of the epoch so far.
+        accuracy: In [0, 1]; ``None`` of numbers.
+
+    Example:
+        >>> Progress(step=50, total_steps=100, epoch=1, epochs=2, loss=0.9, accuracy=None).epoch
+        1
+    """
 
     step: int
     total_steps: int
@@ -64,6 +97,10 @@ class History:
     Args:
         epochs: One record per epoch.
         seconds: Wall-clock time of training and evaluation, added up over interruptions.
+
+    Example:
+        >>> History((EpochRecord(0.9, 0.7, 1.1, 0.6),), seconds=2.5).test_accuracy
+        0.6
     """
 
     epochs: tuple[EpochRecord, ...]
@@ -103,6 +140,10 @@ class Recipe:
 
     Raises:
         ValueError: If a field is out of range.
+
+    Example:
+        >>> Recipe(epochs=2, batch_size=32, max_learning_rate=1e-3, seed=0).epochs
+        2
     """
 
     epochs: int
@@ -158,6 +199,12 @@ def fit_supervised(
         ValueError: If there is no sample to train on.
         CheckpointError: If ``checkpoint`` exists and cannot be continued from.
         KeyboardInterrupt: If ``should_stop`` ended the run.
+
+    Example:
+        >>> data = Labelled(torch.randn(64, 3), torch.randint(2, (64,)))
+        >>> recipe = Recipe(epochs=2, batch_size=16, max_learning_rate=1e-2, seed=0)
+        >>> len(fit_supervised(nn.Linear(3, 2), data, data, recipe).epochs)
+        2
     """
     if len(train.labels) == 0 or len(test.labels) == 0:
         raise ValueError(f"Training needs samples; got {len(train.labels)} to train and {len(test.labels)} to test.")
@@ -229,6 +276,14 @@ def evaluate(model: nn.Module, data: Labelled) -> tuple[float, float | None]:
 
     Returns:
         Loss, and accuracy in [0, 1], which only classes have.
+
+    Raises:
+        ValueError: If numbers of another shape than the labels come out of ``model``.
+
+    Example:
+        >>> loss, accuracy = evaluate(nn.Identity(), Labelled(torch.eye(2), torch.tensor([0, 1])))
+        >>> accuracy
+        1.0
     """
     was_training = model.training
     model.eval()

@@ -13,6 +13,18 @@ class AbstractConstraint(ABC):
 
     To add a constraint, write a frozen dataclass with :meth:`admit`, and :meth:`admit_factors` if it has a form that
     does not multiply the factors out.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from idl import ImplicitFunction, ImplicitModel
+        >>> @dataclass(frozen=True)
+        ... class NonNegative(AbstractConstraint):
+        ...     contraction = None
+        ...     def admit(self, A, lipschitz):
+        ...         return Dense(A.abs())
+        >>> model = ImplicitModel(10, 4, 2, f=ImplicitFunction(constraint=NonNegative()))
+        >>> bool((model.state_matrix() >= 0).all())
+        True
     """
 
     @property
@@ -32,6 +44,11 @@ class AbstractConstraint(ABC):
     def admit_factors(self, left: Tensor, right: Tensor, lipschitz: float) -> StateMatrix:
         """Return the admissible matrix of the free factors of ``left right^T``, each ``(n, r)``.
 
+        Args:
+            left: Free parameter ``L``.
+            right: Free parameter ``R``.
+            lipschitz: See :meth:`admit`.
+
         Raises:
             TypeError: If the constraint has no low-rank form.
         """
@@ -40,7 +57,13 @@ class AbstractConstraint(ABC):
 
 @dataclass(frozen=True)
 class Free(AbstractConstraint):
-    """Every matrix is allowed; that an equilibrium exists and is found is reported, not proved."""
+    """Every matrix is allowed; that an equilibrium exists and is found is reported, not proved.
+
+    Example:
+        >>> import torch
+        >>> Free().admit(torch.tensor([[2.0]]), lipschitz=1.0).dense()
+        tensor([[2.]])
+    """
 
     contraction = None
 

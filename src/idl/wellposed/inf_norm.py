@@ -44,6 +44,11 @@ class InfNorm(_Ball):
 
     Raises:
         TypeError, ValueError: If ``kappa`` is not in (0, 1).
+
+    Example:
+        >>> InfNorm(kappa=0.5).admit(torch.tensor([[0.8, 0.2], [0.1, 0.3]]), lipschitz=1.0).dense()
+        tensor([[0.4000, 0.1000],
+                [0.1000, 0.3000]])
     """
 
     def admit(self, A: Tensor, lipschitz: float) -> StateMatrix:
@@ -65,13 +70,19 @@ class InfNorm(_Ball):
 class InfNormProjection(_Ball):
     r"""Project each row onto the :math:`\ell_1` ball of the radius: the nearest admissible matrix, often sparse.
 
-    An entry that the projection sets to zero gets no gradient until its row's threshold falls below it.
+    An entry that the projection sets to zero gets no gradient until its row's threshold falls below it. There is no
+    low-rank form: of a product of factors no projection is known that does not multiply them out.
 
     Args:
         kappa: Bound on the largest row sum, in (0, 1).
 
     Raises:
         TypeError, ValueError: If ``kappa`` is not in (0, 1).
+
+    Example:
+        >>> InfNormProjection(kappa=0.5).admit(torch.tensor([[0.8, 0.2], [0.1, 0.3]]), lipschitz=1.0).dense()
+        tensor([[0.5000, 0.0000],
+                [0.1000, 0.3000]])
     """
 
     def admit(self, A: Tensor, lipschitz: float) -> StateMatrix:

@@ -10,7 +10,14 @@ from idl.wellposed.base import AbstractConstraint
 
 @dataclass(frozen=True)
 class StrictlyTriangular(AbstractConstraint):
-    """Keep what lies strictly above the diagonal: well posed at any size, for any componentwise activation."""
+    """Keep what lies strictly above the diagonal: well posed at any size, for any componentwise activation.
+
+    Example:
+        >>> import torch
+        >>> StrictlyTriangular().admit(torch.ones(2, 2), lipschitz=1.0).dense()
+        tensor([[0., 1.],
+                [0., 0.]])
+    """
 
     contraction = None
 

@@ -73,6 +73,18 @@ def implicit_class(model_class: type[Any]) -> type[Any]:
 
     Args:
         model_class: The class of the model before its conversion, as ``GPT2LMHeadModel``.
+
+    Returns:
+        A subclass of ``model_class``, the same one each time.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertModel
+        >>> model = convert_attention(BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     type(implicit_class(BertModel).from_pretrained(folder)).__name__
+        'ImplicitBertModel'
     """
     from idl.nn.conversion import huggingface
 

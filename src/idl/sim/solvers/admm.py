@@ -24,6 +24,19 @@ class ADMM(AbstractRowSolver):
 
     ``v`` is what is returned: exactly sparse and inside the ball. One eigendecomposition of ``G``, ``O(d^3)``, serves
     every row and each row's own ``rho``; a step costs ``O(d^2)`` a row. Solved rows are left out.
+
+    Args:
+        tol, max_steps: See :class:`AbstractRowSolver`.
+
+    Raises:
+        TypeError, ValueError: If an argument is out of range.
+
+    Example:
+        >>> from idl import SIM
+        >>> teacher = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> sim = SIM(ADMM(tol=1e-3), lam=1e-2).fit(teacher, [torch.randn(200, 8)])
+        >>> bool((sim.certificate_.states.gap <= 1e-3).all())
+        True
     """
 
     def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:

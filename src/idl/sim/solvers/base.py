@@ -27,6 +27,10 @@ class RowSolution:
             ``objective`` and ``bound`` are then those of the convex relaxation.
         unexplained: Where targets are matched exactly, the part of each one's energy that rounding leaves;
             ``objective`` and ``bound`` are then those of the penalty alone.
+
+    Example:
+        >>> RowSolution(torch.ones(1, 2), objective=torch.tensor([2.0]), bound=torch.tensor([1.5]), steps=10).gap
+        tensor([0.2500])
     """
 
     W: Float[Tensor, "rows d"]
@@ -51,12 +55,31 @@ def relative_gap(objective: Tensor, bound: Tensor) -> Tensor:
 class AbstractRowSolver(ABC):
     """A method for the rows: an immutable value, equal to another with equal fields.
 
+    To add a solver, write a frozen dataclass with ``_solve``, which offers what it finds to an :class:`Incumbent`.
+
     Args:
         tol: Relative duality gap at which a row is solved; the only test.
         max_steps: Most passes over the rows.
 
     Raises:
         TypeError, ValueError: If ``tol`` is negative or ``max_steps < 1``.
+
+    Example:
+        >>> from idl import SIM
+        >>> @dataclass(frozen=True)
+        ... class Gradient(AbstractRowSolver):
+        ...     def _solve(self, problem, start):
+        ...         incumbent = Incumbent(problem, self.tol, start)
+        ...         rows, W, step = incumbent.open, incumbent.W, 1 / torch.linalg.eigvalsh(problem.gram)[-1]
+        ...         for steps in range(self.max_steps):
+        ...             W = problem.prox(W + step * problem.residual_correlations(W), step.reshape(1, 1))
+        ...             gaps = incumbent.offer(torch.arange(len(W)), W, problem.residual_correlations(W))
+        ...             if bool((gaps <= self.tol).all()):
+        ...                 break
+        ...         return incumbent.solution(steps)
+        >>> teacher = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> SIM(Gradient(), lam=1e-2).fit(teacher, [torch.randn(200, 8)]).certificate_.feasible
+        True
     """
 
     tol: float = 1e-4

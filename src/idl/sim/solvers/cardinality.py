@@ -36,6 +36,7 @@ class Cardinality(AbstractRowSolver):
     none. Columns without a penalty outside the ball are kept and not counted.
 
     Args:
+        tol, max_steps: See :class:`AbstractRowSolver`.
         keep: Most weights to keep; with ``per="all"`` also the part of the teacher's number of weights, in (0, 1).
             What carries the constants of a teacher with biases counts, and is kept even where that is more.
         per: Whether ``keep`` counts the weights of each row, of each matrix (``[A B]`` and ``[C D]``, or each layer's
@@ -44,6 +45,13 @@ class Cardinality(AbstractRowSolver):
 
     Raises:
         TypeError, ValueError: If an argument is out of range.
+
+    Example:
+        >>> from idl import SIM
+        >>> layers = torch.nn.Linear(8, 6, bias=False), torch.nn.ReLU(), torch.nn.Linear(6, 3, bias=False)
+        >>> teacher = torch.nn.Sequential(*layers)
+        >>> SIM(Cardinality(keep=20)).fit(teacher, [torch.randn(200, 8)]).certificate_.weights_kept.total
+        20
     """
 
     keep: int | float = field(kw_only=True)

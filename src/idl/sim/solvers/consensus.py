@@ -25,6 +25,19 @@ class ConsensusADMM(AbstractRowSolver):
 
     Returned is the sparse copy, projected: exactly sparse and feasible, where the mean is neither. It needs more steps
     than the two-block :class:`~idl.sim.solvers.ADMM` and is here to be compared with.
+
+    Args:
+        tol, max_steps: See :class:`AbstractRowSolver`.
+
+    Raises:
+        TypeError, ValueError: If an argument is out of range.
+
+    Example:
+        >>> from idl import SIM
+        >>> teacher = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> sim = SIM(ConsensusADMM(tol=1e-3), lam=1e-2).fit(teacher, [torch.randn(200, 8)])
+        >>> bool((sim.certificate_.states.gap <= 1e-3).all())
+        True
     """
 
     def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:

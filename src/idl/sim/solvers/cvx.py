@@ -17,10 +17,21 @@ class CVX(AbstractRowSolver):
     """Solve one row after the other by cvxpy and its interior-point solver CLARABEL, on the CPU.
 
     Nearly a second a row of 900 columns. The interior point is finished by one proximal step, which makes its zeros
-    exact. ``max_steps`` bounds the iterations of a row. The start is not used.
+    exact. The start is not used.
+
+    Args:
+        tol: See :class:`AbstractRowSolver`.
+        max_steps: Most iterations of the interior point for a row.
 
     Raises:
         ImportError: When it is run without cvxpy; install ``implicit-deep-learning[cvx]``.
+
+    Example:
+        >>> from idl import SIM
+        >>> teacher = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> sim = SIM(CVX(tol=1e-6), lam=1e-2).fit(teacher, [torch.randn(200, 8)])
+        >>> bool((sim.certificate_.states.gap <= 1e-6).all())
+        True
     """
 
     def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:

@@ -52,6 +52,7 @@ class ExactMatching(AbstractRowSolver):
     this program; ``unexplained`` is what is left of the targets. The solution does not depend on the penalty's scale.
 
     Args:
+        tol, max_steps: See :class:`AbstractRowSolver`.
         rounding: Part of the energy, of a column or a target, that is rounding. The default suits float32.
         unexplained: Part of a target's energy that may be left unexplained; a row with more is refused.
             Energies are mean squares, of states with biases about zero too.
@@ -59,6 +60,14 @@ class ExactMatching(AbstractRowSolver):
     Raises:
         ValueError: When it is run, if a target is no combination of the columns, or none within the ball.
         ImportError: When it is run without cvxpy; install ``implicit-deep-learning[cvx]``.
+
+    Example:
+        >>> from idl import SIM
+        >>> teacher = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> u = torch.randn(50, 8)
+        >>> sim = SIM(ExactMatching()).fit(teacher, [u])
+        >>> torch.allclose(sim.predict(u), teacher(u), atol=1e-4)
+        True
     """
 
     rounding: float = field(default=1e-12, kw_only=True)

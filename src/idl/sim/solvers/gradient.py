@@ -19,6 +19,19 @@ class AcceleratedGradient(AbstractRowSolver):
 
     One product with ``G`` a step and no factorisation, ``O(d^2)`` a row; the steps grow with the square root of the
     condition of ``G``. The simplest of the methods here, and where ``G`` is large and well conditioned a good one.
+
+    Args:
+        tol, max_steps: See :class:`AbstractRowSolver`.
+
+    Raises:
+        TypeError, ValueError: If an argument is out of range.
+
+    Example:
+        >>> from idl import SIM
+        >>> teacher = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> sim = SIM(AcceleratedGradient(tol=1e-3), lam=1e-2).fit(teacher, [torch.randn(200, 8)])
+        >>> bool((sim.certificate_.states.gap <= 1e-3).all())
+        True
     """
 
     def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:

@@ -21,6 +21,19 @@ class Hybrid(AbstractRowSolver):
 
     ADMM is fast far from the solution and slow close to it, Newton on the support the other way round. Rows on which
     Newton does not arrive go back to ADMM, which goes on from where it was, so that in the worst case this is ADMM.
+
+    Args:
+        tol, max_steps: See :class:`AbstractRowSolver`.
+
+    Raises:
+        TypeError, ValueError: If an argument is out of range.
+
+    Example:
+        >>> from idl import SIM
+        >>> teacher = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> sim = SIM(Hybrid(tol=1e-3), lam=1e-2).fit(teacher, [torch.randn(200, 8)])
+        >>> bool((sim.certificate_.states.gap <= 1e-3).all())
+        True
     """
 
     def _solve(self, problem: RowProblem, start: Tensor | None) -> RowSolution:

@@ -24,7 +24,7 @@ from train import Dataset, Settings, Splits, accuracy, load_splits, train_teache
 
 from idl import SIM
 from idl.sim.solvers import Cardinality
-from idl.training import draw_tradeoff, exit_with_advice, spread, write_json
+from idl.training import RunFolder, draw_tradeoff, exit_with_advice, spread, write_json
 
 SEEDS = (0, 1, 2)
 KEPT = (0.05, 0.10, 0.15, 0.21, 0.34)
@@ -187,9 +187,11 @@ def main(
     """Measure what is missing, print the tables as Markdown and draw accuracy against weights."""
     console = Console(stderr=True)  # so that the tables alone can be sent to a file
     seeds = SEEDS[:1] if smoke else SEEDS
-    out.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(out / "results.json", console)
     with exit_with_advice():
+        folder, images = RunFolder.open(out), {"dataset": dataset.value, "smoke": smoke}
+        folder.finished(images)  # refuses results of other ones
+        folder.start(images)
+        ledger = Ledger(out / "results.json", console)
         splits = load_splits(dataset.value, 512 if smoke else None)
         for seed in seeds:
             settings = Settings(dataset.value, seed=seed, training_images=512 if smoke else None)

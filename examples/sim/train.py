@@ -36,6 +36,7 @@ from idl.training import (
     progress_line,
     save_weights,
     stop_on_interrupt,
+    usable_device,
 )
 
 VALIDATION = 1 / 12  # of the training images: 5,000 of 60,000
@@ -54,6 +55,7 @@ class Settings:
     keep: float | None = None  # part of the teacher's weights; None is the l1 penalty
     samples: int | None = None  # that SIM sees; None is all of them
     seed: int = 0
+    device: str = "cpu"
     training_images: int | None = None
 
     def name(self) -> str:
@@ -87,6 +89,11 @@ class Splits:
     validation: Labelled
     test: Labelled
     classes: int
+
+    def on(self, device: str) -> "Splits":
+        """Return the data on a device."""
+        parts = (Labelled(*(t.to(device) for t in part)) for part in (self.train, self.validation, self.test))
+        return Splits(*parts, self.classes)
 
 
 def load_splits(dataset: str, training_images: int | None = None) -> Splits:
@@ -162,7 +169,7 @@ class Shown:
 def train_teacher(settings: Settings, splits: Splits, checkpoint: Path, console: Console) -> nn.Module:
     """Return the trained teacher, from its checkpoint if that is there."""
     pixels = splits.train.inputs.shape[1]
-    teacher = build_teacher(settings.teacher, pixels, splits.classes, settings.seed)
+    teacher = build_teacher(settings.teacher, pixels, splits.classes, settings.seed).to(settings.device)
     recipe = Recipe(settings.epochs, settings.batch_size, 5e-3, settings.seed)
     what = {name: getattr(settings, name) for name in ("dataset", "teacher", "training_images")}
     with stop_on_interrupt() as should_stop, progress_line("teacher", console) as show:
@@ -191,7 +198,7 @@ def train(settings: Settings, out: Path, console: Console, fresh: bool = False) 
 
 def _modelled(settings: Settings, sim: SIM, run: Run) -> dict[str, object]:
     # 1. Data and teacher.
-    splits = load_splits(settings.dataset, settings.training_images)
+    splits = load_splits(settings.dataset, settings.training_images).on(settings.device)
     teacher = train_teacher(settings, splits, run.path / "checkpoint.safetensors", run.console)
 
     # 2. SIM: no label and no backpropagation from here on.
@@ -232,12 +239,15 @@ def main(
     keep: Annotated[float | None, typer.Option(help="Part of the teacher's weights to keep, instead.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Images that SIM sees; all by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides weights and order of samples.")] = Settings.seed,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.", callback=usable_device)] = Settings.device,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny run that shows that all works.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, whatever was trained.")] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder; by default one below runs/sim.")] = None,
 ) -> None:
     """Make an explicit network a sparse implicit model; an interrupted run continues."""
-    settings = Settings(dataset.value, teacher.value, epochs, lam=lam, keep=keep, samples=samples, seed=seed)
+    settings = Settings(
+        dataset.value, teacher.value, epochs, lam=lam, keep=keep, samples=samples, seed=seed, device=device
+    )
     if smoke:
         settings = replace(settings, epochs=8, batch_size=16, training_images=512)
     with exit_with_advice():

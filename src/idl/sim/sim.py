@@ -173,7 +173,7 @@ class SIM:
             return self._search(recorded, loader, 1 - checks.in_open_unit("target_sparsity", target_sparsity))
 
     def fit_recorded(self, recorded: Recorded, loader: Iterable[Any], near: "SIM | None" = None) -> "SIM":
-        """Fit to what was recorded before, as :func:`lambda_path <idl.sim.lambda_path>` does for each ``lam``.
+        """Fit to what was recorded before, as :func:`~idl.sim.lambda_path` does for each ``lam``.
 
         Args:
             recorded: The teacher's moments.

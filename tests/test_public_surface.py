@@ -3,12 +3,14 @@
 import importlib
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
+API = Path(__file__).parents[1] / "docs" / "api"
+
 MODULES = (
     "idl",
-    "idl.activations",
     "idl.data",
     "idl.differentiation",
     "idl.models",
@@ -21,17 +23,11 @@ MODULES = (
 )
 
 
-def _names(module):
-    """Return the public names of a module; one without ``__all__`` has those that it defines."""
-    defined = (name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__)
-    return getattr(module, "__all__", None) or [name for name in defined if not name.startswith("_")]
-
-
 def _callables():
     """Return each public class and function once, by its first name."""
     found = {}
     for module in map(importlib.import_module, MODULES):
-        for name in _names(module):
+        for name in module.__all__:
             value = getattr(module, name)
             if inspect.isclass(value) or inspect.isfunction(value):
                 found.setdefault(value, f"{module.__name__}.{name}")
@@ -76,3 +72,9 @@ def test_a_public_method_has_a_docstring_that_names_its_arguments(name):
     if not isinstance(value, property):
         function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
         assert not _unnamed(function, " ".join(written)), "arguments that neither it nor what it overrides names"
+
+
+def test_every_public_name_is_on_a_page_of_the_documentation():
+    pages = " ".join(path.read_text(encoding="utf-8") for path in API.glob("*.md"))
+    names = {name for module in map(importlib.import_module, MODULES) for name in module.__all__}
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", pages)) == []

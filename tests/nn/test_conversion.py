@@ -149,6 +149,16 @@ def test_a_model_inside_of_a_module_is_found():
 # --- training, saving -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("make", [gpt, gpt2, bert, encoder])
+def test_what_was_frozen_stays_frozen_and_A_trains(make, frozen):
+    model = make().requires_grad_(not frozen)
+    with torch.no_grad():  # which says nothing about the weights
+        convert_attention(model)
+    trained = {name.rsplit(".", 1)[-1] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"A"} if frozen else all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_fine_tuning_moves_A_and_lowers_the_loss():
     model = convert_attention(gpt2()).train()
     idx = torch.arange(200).remainder(7).unfold(0, 12, 3) + 1

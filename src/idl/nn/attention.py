@@ -297,7 +297,7 @@ class IDLAttention(ImplicitHeads):
             taken.weight.copy_(projection.weight)
             if attention.bias is not None:
                 taken.bias.copy_(constants(projection))
-        attention.projection = taken
+        attention.projection = taken.requires_grad_(projection.weight.requires_grad)
         return attention
 
     def forward(

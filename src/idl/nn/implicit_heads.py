@@ -144,7 +144,7 @@ class ImplicitHeads(nn.Module):
         )
 
     def start_at(self, key: nn.Linear, query: nn.Linear, value: nn.Linear) -> None:
-        """Take the weights of explicit heads; no output adds to a key, query or value yet.
+        """Take the weights of explicit heads, frozen if all of these are; no output adds to a key, query or value yet.
 
         Raises:
             ValueError: If they have biases and these have none.
@@ -161,6 +161,11 @@ class ImplicitHeads(nn.Module):
                 self.bias.copy_(
                     torch.cat([constants(linear).view(*in_front, head) for linear in (key, query, value)], -1)
                 )
+        explicit = [parameter for linear in (key, query, value) for parameter in linear.parameters()]
+        trained = any(parameter.requires_grad for parameter in explicit)
+        for taken in (self.B, self.bias):
+            if taken is not None:
+                taken.requires_grad_(trained)
 
     def outputs(
         self,

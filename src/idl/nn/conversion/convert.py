@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from idl import checks
@@ -23,7 +24,8 @@ def convert_attention(
 ) -> nn.Module:
     """Replace the self-attention of a model by implicit attention that starts where it was, in place.
 
-    With softmax the model gives what it gave before; training then moves ``A`` away from zero. Known are
+    With softmax the model gives what it gave before; training then moves ``A`` away from zero. Weights that do not
+    require a gradient stay so: of a model that was frozen before, ``A`` alone trains. Known are
     :class:`~idl.models.gpt.GPTLanguageModel`, :class:`torch.nn.TransformerEncoderLayer`, and GPT-2 and BERT of
     Hugging Face's transformers (extra ``transformers``), each as a whole or inside of another module.
 
@@ -104,7 +106,8 @@ def convert_sites(model: nn.Module, layers: Sequence[int] | None, settings: dict
     chosen = explicit if layers is None else list(dict.fromkeys(layers))
     if not set(chosen) <= set(explicit):
         raise ValueError(f"`layers` must be of those that are explicit, {explicit}; got {chosen}.")
-    replacements = [(site, site.make(settings)) for site in map(sites.__getitem__, chosen) if site.make is not None]
+    with torch.enable_grad():  # what is made of weights that train must be seen to, wherever this is called
+        replacements = [(site, site.make(settings)) for site in map(sites.__getitem__, chosen) if site.make is not None]
     for site, made in replacements:
         setattr(site.parent, site.name, made.train(site.parent.training))
     for module in model.modules():

@@ -20,20 +20,22 @@ class Site(NamedTuple):
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Return a linear map of these numbers, which it copies."""
+    """Return a linear map of these numbers, which it copies; it trains if they do."""
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         made.weight.copy_(weight)
         if bias is not None:
             made.bias.copy_(bias)
+    made.weight.requires_grad_(weight.requires_grad)
+    if bias is not None:
+        made.bias.requires_grad_(bias.requires_grad)
     return made
 
 
 def scaled(query: nn.Linear, factor: float) -> nn.Linear:
     """Return the map of queries times a factor, which scales the scores."""
-    with torch.no_grad():
-        bias = cast(Tensor | None, query.bias)
-        return linear(query.weight * factor, None if bias is None else bias * factor)
+    bias = cast(Tensor | None, query.bias)
+    return linear(query.weight * factor, None if bias is None else bias * factor)
 
 
 def allowed_keys(mask: Tensor) -> Tensor:

@@ -162,9 +162,13 @@ def test_what_does_not_fit_is_named():
     model = gpt()
     for call, words in (
         (lambda: model(tokens(time=11)), r"`idx` must have at most block_size=10 tokens; got 11"),
-        (lambda: model(tokens()[0]), r"`idx` must be integers of shape \(batch, time\)"),
+        (lambda: model(tokens()[0]), r"`idx` must be integers \(int32 or int64\) of shape \(batch, time\)"),
         (lambda: model(tokens().float()), r"`idx` must be integers"),
         (lambda: model(tokens()[:, :0]), r"at least one time"),
+        (lambda: model(tokens().byte()), r"`idx` must be integers \(int32 or int64\).*got torch\.uint8"),
+        (lambda: model(tokens().tolist()), r"`idx` must be an instance of Tensor.*torch\.tensor\(idx\)"),
+        (lambda: model(tokens(), tokens().tolist()), r"`targets` must be an instance of Tensor"),
+        (lambda: model.generate(tokens()[0], 1), r"`idx` must be integers"),
         (lambda: model(tokens(), tokens()[:, :3]), r"`targets` must have the shape \(2, 10\)"),
         (lambda: model.generate(tokens(), -1), r"`max_new_tokens`"),
         (lambda: model.generate(tokens(), 1, temperature=-1.0), r"`temperature`"),
@@ -173,8 +177,13 @@ def test_what_does_not_fit_is_named():
         (lambda: GPTLanguageModel(0, 10, 4, 1, 2, 0.0), r"`vocab_size`"),
         (lambda: GPTLanguageModel(5, 10, 4, 1, 2, 2.0), r"`dropout`"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises((TypeError, ValueError), match=words):
             call()
+
+
+def test_a_tiny_temperature_takes_the_most_likely_token():
+    model, start = gpt(), tokens(time=3)
+    assert torch.equal(model.generate(start, 4, temperature=1e-40), model.generate(start, 4, temperature=0.0))
 
 
 def test_generation_leaves_every_module_in_its_mode():

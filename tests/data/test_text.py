@@ -1,3 +1,4 @@
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -28,6 +29,11 @@ def test_windows_follow_one_another_and_targets_are_the_next_characters():
     assert windows.train_inputs.numel() < split  # no target of a training window is a character for testing
     last = windows.decoded(windows.train_targets[-1])
     assert text[:split].rfind(last) + 16 <= split
+
+
+def test_bytes_are_no_text():
+    with pytest.raises(TypeError, match=r"`text` must be an instance of str.*text\.decode\(\)"):
+        inspect.unwrap(idl.data.character_windows)(b"abc" * 100, 4)
 
 
 def test_what_does_not_fit_is_named():

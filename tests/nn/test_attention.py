@@ -539,6 +539,10 @@ CALLS = [
         ["`key_padding_mask`", "(2, 6)", "(2, 5)"],
     ),
     ("a mask of numbers", (U, torch.zeros(2, 6)), {}, ValueError, ["`key_padding_mask`", "bool", "float32"]),
+    ("a mask that is a list", (U, [[False] * 6] * 2), {}, TypeError, ["`key_padding_mask`", "Tensor"]),
+    ("a past of three", (U[:, :1],), {"past": (*PAST, PAST[0])}, TypeError, ["`past`", "two tensors", "3 of them"]),
+    ("a past of lists", (U[:, :1],), {"past": ([1.0], [2.0])}, TypeError, ["`past`", "torch.Tensor", "list"]),
+    ("a past that is a solution", (U[:, :1],), {"past": object()}, TypeError, ["`past`", "two tensors", "object"]),
     ("a past of another batch", (U[:1, :1],), {"past": PAST}, ValueError, ["`past`", "(1, 1, 2, 3)", "(2, 1, 2, 3)"]),
 ]
 

@@ -259,7 +259,9 @@ def test_what_does_not_fit_is_named():
         (lambda: convert_attention(gpt(), layers=[-1]), ValueError, r"`layers`"),
         (lambda: convert_attention(gpt(), attention_version="linear"), ValueError, r"`attention_version`"),
         (lambda: convert_attention(gpt2(), solver=object()), ValueError, r"`solver` must be None"),
-        (lambda: convert_attention(gpt(), step=3), TypeError, r"step"),
+        (lambda: convert_attention(gpt(), step=3), TypeError, r"`options` must be of .*; got step"),
+        (lambda: convert_attention(gpt(), n_head=3), TypeError, r"got n_head\. Sizes are the model's own"),
+        (lambda: convert_attention(gpt(), layers=1), TypeError, r"`layers` must be None or a list of integers; got 1"),
     ):
         with pytest.raises(kind, match=words):
             call()

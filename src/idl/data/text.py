@@ -109,6 +109,7 @@ def character_windows(text: str, length: int, test_fraction: float = 0.1) -> Cha
         >>> windows.alphabet, windows.train_inputs.shape, windows.test_inputs.shape
         ('abc', torch.Size([3, 2]), torch.Size([2, 2]))
     """
+    checks.instance("text", text, str, "Decode bytes first: text.decode().")
     length = checks.positive_integer("length", length)
     test_fraction = checks.in_open_unit("test_fraction", test_fraction)
     alphabet = "".join(sorted(set(text)))

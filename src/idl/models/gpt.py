@@ -154,9 +154,10 @@ class GPTLanguageModel(nn.Module):
         logits = self.lm_head(self.ln_f(x))
         if targets is None:
             return logits, None
+        _check_tokens("targets", targets)
         if targets.shape != idx.shape:
             raise ValueError(f"`targets` must have the shape {tuple(idx.shape)} of idx; got {tuple(targets.shape)}.")
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten().long())
 
     @torch.no_grad()
     def generate(
@@ -189,6 +190,7 @@ class GPTLanguageModel(nn.Module):
         checks.non_negative_integer("max_new_tokens", max_new_tokens)
         temperature = checks.non_negative("temperature", temperature)
         top_k = None if top_k is None else checks.positive_integer("top_k", top_k)
+        _check_tokens("idx", idx)
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
@@ -215,11 +217,7 @@ class GPTLanguageModel(nn.Module):
         return self.lm_head(self.ln_f(x)), [before + idx.shape[1], now]
 
     def _embedded(self, idx: Tensor, before: int) -> Tensor:
-        if idx.dim() != 2 or not idx.shape[1] or idx.is_floating_point():
-            raise ValueError(
-                f"`idx` must be integers of shape (batch, time) with at least one time; got {idx.dtype} "
-                f"{tuple(idx.shape)}."
-            )
+        _check_tokens("idx", idx)
         if before + idx.shape[1] > self.block_size:
             raise ValueError(
                 f"`idx` must have at most block_size={self.block_size} tokens; got {before + idx.shape[1]}. "
@@ -228,6 +226,15 @@ class GPTLanguageModel(nn.Module):
         positions = torch.arange(before, before + idx.shape[1], device=idx.device)
         embedded: Tensor = self.token_embedding(idx) + self.position_embedding(positions)
         return embedded
+
+
+def _check_tokens(name: str, tokens: Tensor) -> None:
+    checks.instance(name, tokens, Tensor, f"Try torch.tensor({name}).")
+    if tokens.dim() != 2 or not tokens.shape[1] or tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"`{name}` must be integers (int32 or int64) of shape (batch, time) with at least one time; got "
+            f"{tokens.dtype} {tuple(tokens.shape)}."
+        )
 
 
 def _initialise(module: nn.Module) -> None:
@@ -241,7 +248,7 @@ def _drawn(logits: Tensor, temperature: float, top_k: int | None, generator: tor
     """Return a token for each row, ``(batch, 1)``."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: a tiny temperature gives no infinity
     if top_k is not None and top_k < logits.shape[-1]:
         largest, places = logits.topk(top_k)  # not what is as large as the least of them: there may be more than k
         logits = torch.full_like(logits, -torch.inf).scatter(-1, places, largest)

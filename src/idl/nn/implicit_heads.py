@@ -1,6 +1,6 @@
 """What one implicit head and several have in common: parameters, admissible matrices, checks, and the solve."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -221,6 +221,8 @@ class ImplicitHeads(nn.Module):
             )
         checks.same_device_and_dtype({"u": u, "B": self.B})
         if past is not None:
+            _check_pair(past)
+            past = (checks.floating_tensor("past", past[0]), checks.floating_tensor("past", past[1]))
             wanted = (len(u), count, past[0].shape[2] if past[0].dim() == 4 else "time", self.head_size)
             for tensor in past:
                 if tuple(tensor.shape) != wanted:
@@ -233,6 +235,8 @@ class ImplicitHeads(nn.Module):
                 f"got {tokens.keys}. Cut the sequence: u[:, -{self.block_size}:]."
             )
         padding, shape = tokens.padding, (len(u), tokens.keys)
+        if padding is not None:
+            checks.instance("key_padding_mask", padding, Tensor, "Try torch.as_tensor(key_padding_mask).")
         if padding is not None and (padding.dtype != torch.bool or padding.shape != shape):
             raise ValueError(
                 f"`key_padding_mask` must be of bool and shape {shape}, true where a token is padding; got "
@@ -242,6 +246,12 @@ class ImplicitHeads(nn.Module):
             return tokens
         keep = u.new_empty(len(u), count, u.shape[1], tokens.keys).bernoulli_(1 - self.dropout)
         return replace(tokens, keep=keep.div_(1 - self.dropout) if self.dropout < 1 else keep)
+
+
+def _check_pair(past: object) -> None:
+    if not isinstance(past, Sequence) or len(past) != 2:
+        got = f"{len(past)} of them" if isinstance(past, Sequence) else type(past).__name__
+        raise TypeError(f"`past` must be two tensors, keys and values, as return_past gives them; got {got}.")
 
 
 def constants(linear: nn.Linear) -> Tensor:

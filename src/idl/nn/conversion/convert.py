@@ -1,7 +1,8 @@
 """Which parts of a model are converted, and their exchange."""
 
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -9,9 +10,14 @@ from torch import nn
 
 from idl import checks
 from idl.models.gpt import GPTLanguageModel
+from idl.nn.attention import IDLAttention
 from idl.nn.conversion import encoder, gpt
 from idl.nn.conversion.sites import Site
 from idl.nn.implicit_heads import Version
+
+_OPTIONS = inspect.signature(IDLAttention).parameters.keys() - {
+    *("n_embd", "n_head", "head_size", "fixed_point_iter", "attention_version")
+}
 
 
 def convert_attention(
@@ -56,6 +62,13 @@ def convert_attention(
         True
     """
     settings = {"fixed_point_iter": fixed_point_iter, "attention_version": attention_version, **options}
+    taken = sorted(options.keys() - _OPTIONS)
+    if taken:
+        raise TypeError(
+            f"`options` must be of {', '.join(sorted(_OPTIONS))}; got {', '.join(taken)}. Sizes are the model's own."
+        )
+    if layers is not None and not isinstance(layers, Iterable):
+        raise TypeError(f"`layers` must be None or a list of integers; got {layers!r}. Try [{layers!r}].")
     chosen = None if layers is None else [checks.non_negative_integer("layers", layer) for layer in layers]
     pretrained = _is_pretrained(model)
     if pretrained and settings.get("solver") is not None:

@@ -14,7 +14,7 @@ from language_models import MODELS
 from rich.console import Console
 from train import Settings, tiny, train
 
-from idl.training import exit_with_advice, spread
+from idl.training import EpochRecord, draw_training, exit_with_advice, spread
 
 SEEDS = (0, 1, 2)
 NAMES = {
@@ -27,13 +27,16 @@ NAMES = {
     "converted": "explicit, converted and trained on",
 }
 
+DRAWN = ("explicit", "wide", "softmax", "lipschitz")
+"""The models of the picture; those that are trained on begin elsewhere."""
+
 
 def main(
     dataset: Annotated[str, typer.Option(help="Which text.")] = Settings.dataset,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two seeds of tiny models: does it work?")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the run folders.")] = Path("runs/im_attention-table"),
 ) -> None:
-    """Run what is missing and print the table as Markdown."""
+    """Run what is missing, print the table as Markdown and draw the curves of the first seed."""
     console = Console(stderr=True)  # so that the table alone can be sent to a file
     results = {model: list[dict[str, Any]]() for model in MODELS}
     with exit_with_advice():
@@ -43,6 +46,8 @@ def main(
                 settings = tiny(settings) if smoke else settings
                 results[model].append(train(settings, out / settings.name(), console))
     typer.echo(table(dataset, results))
+    first = {NAMES[m]: [EpochRecord(**epoch) for epoch in results[m][0]["epochs"]] for m in DRAWN}
+    draw_training(first, out / "training.png")
 
 
 def table(dataset: str, results: dict[str, list[dict[str, Any]]]) -> str:

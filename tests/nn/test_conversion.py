@@ -222,6 +222,13 @@ def test_a_cache_gives_the_same_tokens_as_computing_everything_anew(settings):
     assert with_cache.shape == (3, 16)
 
 
+def test_a_cache_that_does_not_keep_exactly_the_tokens_is_refused():
+    model = convert_attention(gpt2())
+    cache = transformers.StaticCache(config=model.config, max_cache_len=LONGEST)
+    with pytest.raises(TypeError, match=r"as DynamicCache does; got a StaticCache of StaticLayer"):
+        model(tokens(1, 5), past_key_values=cache)
+
+
 def test_a_cached_token_solves_only_for_itself(monkeypatch):
     model, seen = convert_attention(gpt2()), []
     outputs = IDLAttention.outputs

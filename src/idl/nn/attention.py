@@ -151,7 +151,8 @@ class IDLHead(ImplicitHeads):
 
         Returns:
             The outputs; with ``return_past`` or ``return_solution`` a tuple of them, two tensors ``(batch, 1, tokens,
-            head_size)``, and a :class:`~idl.solvers.Solution` with one residual and number of steps a sequence.
+            head_size)``, and a :class:`~idl.solvers.Solution` with one residual and number of steps a sequence. In half
+            precision these are of the solve in float32, before the outputs are rounded.
 
         Raises:
             TypeError, ValueError: If a shape, dtype or device does not fit, or there are too many tokens.

@@ -36,7 +36,7 @@ def convert_attention(
     Hugging Face's transformers (extra ``transformers``), each as a whole or inside of another module.
 
     A model of transformers also becomes an instance of :func:`implicit_class`, so that ``save_pretrained`` and
-    ``type(model).from_pretrained`` round-trip.
+    ``type(model).from_pretrained`` round-trip. Convert the model that is saved: one that holds it does not learn of it.
 
     Args:
         model: The model.

@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
@@ -63,15 +64,16 @@ class CachedAttention(nn.Module):
 
 def _remembered(cache: Any, layer_idx: int) -> Past | None:
     """Return keys and values of the tokens that a cache holds."""
-    length = cache.get_seq_length(layer_idx)
-    if not length:
+    if layer_idx >= len(cache.layers):  # some caches begin without
         return None
     layer = cache.layers[layer_idx]
-    if layer.keys.shape[2] != length:
+    if type(layer) is not DynamicLayer:
         raise TypeError(
             f"`cache` must keep all tokens and nothing else, as DynamicCache does; got a {type(cache).__name__} of "
             f"{type(layer).__name__}."
         )
+    if layer.keys is None or layer.values is None or not layer.keys.numel():  # nothing was remembered yet
+        return None
     return layer.keys, layer.values
 
 

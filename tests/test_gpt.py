@@ -169,6 +169,11 @@ def test_what_does_not_fit_is_named():
         (lambda: model(tokens().tolist()), r"`idx` must be an instance of Tensor.*torch\.tensor\(idx\)"),
         (lambda: model(tokens(), tokens().tolist()), r"`targets` must be an instance of Tensor"),
         (lambda: model.generate(tokens()[0], 1), r"`idx` must be integers"),
+        (lambda: model(tokens() + 11), r"`idx` must lie in 0\.\.10, below vocab_size; got 2"),
+        (lambda: model(-1 - tokens()), r"`idx` must lie in 0\.\.10, below vocab_size; got -"),
+        (lambda: model(tokens(), tokens() + 11), r"`targets` must lie in 0\.\.10"),
+        (lambda: model.generate(tokens(), 1, use_cache="no"), r"`use_cache` must be True or False; got 'no'"),
+        (lambda: model.generate(tokens(), 1, generator=42), r"`generator` must be an instance of Generator; got 42"),
         (lambda: model(tokens(), tokens()[:, :3]), r"`targets` must have the shape \(2, 10\)"),
         (lambda: model.generate(tokens(), -1), r"`max_new_tokens`"),
         (lambda: model.generate(tokens(), 1, temperature=-1.0), r"`temperature`"),
@@ -181,9 +186,33 @@ def test_what_does_not_fit_is_named():
             call()
 
 
-def test_a_tiny_temperature_takes_the_most_likely_token():
+def test_a_head_that_remembers_nothing_needs_no_cache():
+    class Own(torch.nn.Linear):
+        def forward(self, u):
+            return super().forward(u)
+
+    model = gpt()
+    model.blocks[0].sa.heads[0] = Own(E, model.blocks[0].sa.heads[0].key.out_features)
+    with pytest.raises(TypeError, match=r"`use_cache` must be False with a head of type Own"):
+        model.generate(tokens(time=3), 2)
+    assert model.generate(tokens(time=3), 2, use_cache=False).shape == (2, 5)
+
+
+def test_what_has_no_target_is_passed_over():
+    model, idx = gpt(), tokens()
+    targets = idx.roll(-1, 1)
+    targets[:, -1] = -100
+    loss = model(idx, targets)[1]
+    torch.testing.assert_close(loss, model(idx, targets.int())[1])
+    torch.testing.assert_close(
+        loss, torch.nn.functional.cross_entropy(model(idx)[0][:, :-1].flatten(0, 1), idx[:, 1:].flatten())
+    )
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-46])
+def test_a_tiny_temperature_takes_the_most_likely_token(temperature):
     model, start = gpt(), tokens(time=3)
-    assert torch.equal(model.generate(start, 4, temperature=1e-40), model.generate(start, 4, temperature=0.0))
+    assert torch.equal(model.generate(start, 4, temperature=temperature), model.generate(start, 4, temperature=0.0))
 
 
 def test_generation_leaves_every_module_in_its_mode():

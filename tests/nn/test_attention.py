@@ -486,6 +486,8 @@ CONSTRUCTIONS = [
     ({"attention_version": "linear"}, ValueError, ["`attention_version`", "'softmax', 'lipschitz'", "'linear'"]),
     ({"is_low_rank": True, "rank": 10}, ValueError, ["`rank`", "at most 3 * head_size=9", "got 10"]),
     ({"is_low_rank": True, "rank": 0}, ValueError, ["`rank`", "got 0"]),
+    ({"rank": "abc"}, TypeError, ["`rank`", "'abc'"]),
+    ({"bias": "False"}, TypeError, ["`bias`", "True or False", "'False'"]),
     ({"is_low_rank": 1}, TypeError, ["`is_low_rank`", "got 1"]),
     ({"fixed_point_iter": 0}, ValueError, ["`fixed_point_iter`", "got 0"]),
     ({"kappa": 1.0}, ValueError, ["`kappa`", "1.0"]),
@@ -515,6 +517,10 @@ def test_heads_must_divide_the_embedding():
         IDLAttention(5, 2, 8)
     with pytest.raises(ValueError, match="one shape"):
         IDLHead.from_explicit(nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(5, 4))
+    with pytest.raises(TypeError, match=r"`options` must be of .*; got head_size, widht"):
+        IDLHead.from_explicit(*(nn.Linear(4, 2) for _ in range(3)), head_size=3, widht=2)
+    with pytest.raises(TypeError, match=r"`query` has dtype torch.float64 but `key` has torch.float32"):
+        IDLHead.from_explicit(nn.Linear(4, 2), nn.Linear(4, 2).double(), nn.Linear(4, 2))
     with pytest.raises(TypeError, match="`query`"):
         IDLHead.from_explicit(nn.Linear(5, 3), None, nn.Linear(5, 3))
     with pytest.raises(ValueError, match="projection"):
@@ -540,6 +546,7 @@ CALLS = [
     ),
     ("a mask of numbers", (U, torch.zeros(2, 6)), {}, ValueError, ["`key_padding_mask`", "bool", "float32"]),
     ("a mask that is a list", (U, [[False] * 6] * 2), {}, TypeError, ["`key_padding_mask`", "Tensor"]),
+    ("a flag that is none", (U,), {"return_solution": "no"}, TypeError, ["`return_solution`", "'no'"]),
     ("a past of three", (U[:, :1],), {"past": (*PAST, PAST[0])}, TypeError, ["`past`", "two tensors", "3 of them"]),
     ("a past of lists", (U[:, :1],), {"past": ([1.0], [2.0])}, TypeError, ["`past`", "torch.Tensor", "list"]),
     ("a past that is a solution", (U[:, :1],), {"past": object()}, TypeError, ["`past`", "two tensors", "object"]),

@@ -257,7 +257,13 @@ def as_users_run_it():
 def test_what_does_not_fit_is_named():
     for call, kind, words in (
         (lambda: convert_attention(nn.Linear(2, 2)), TypeError, r"found none in Linear"),
-        (lambda: convert_attention(convert_attention(gpt())), TypeError, r"found none in GPTLanguageModel"),
+        (lambda: convert_attention("gpt2"), TypeError, r"`model` must be an instance of Module; got 'gpt2'"),
+        (lambda: convert_attention(convert_attention(gpt())), TypeError, r"in this GPTLanguageModel all is implicit"),
+        (lambda: convert_attention(gpt(), layers=[]), TypeError, r"`layers` must be None or a list of .*; got \[\]"),
+        (lambda: convert_attention(gpt(), causal=False), ValueError, r"`causal` must be True in a GPTLanguageModel"),
+        (lambda: convert_attention(gpt(), rank=0), ValueError, r"`rank` must be an integer >= 1; got 0"),
+        (lambda: implicit_class("gpt2"), TypeError, r"`model_class` must be a model class of transformers.*got 'gpt2'"),
+        (lambda: implicit_class(nn.Linear), TypeError, r"`model_class` must be a model class of transformers"),
         (
             lambda: convert_attention(gpt(), layers=[3]),
             ValueError,
@@ -267,14 +273,21 @@ def test_what_does_not_fit_is_named():
         (lambda: convert_attention(gpt(), attention_version="linear"), ValueError, r"`attention_version`"),
         (lambda: convert_attention(gpt2(), solver=object()), ValueError, r"`solver` must be None"),
         (lambda: convert_attention(gpt(), step=3), TypeError, r"`options` must be of .*; got step"),
-        (lambda: convert_attention(gpt(), n_head=3), TypeError, r"got n_head\. Sizes are the model's own"),
-        (lambda: convert_attention(gpt(), layers=1), TypeError, r"`layers` must be None or a list of integers; got 1"),
+        (lambda: convert_attention(gpt(), n_head=3), TypeError, r"got n_head\. Sizes are those of the maps"),
+        (
+            lambda: convert_attention(gpt(), layers=1),
+            TypeError,
+            r"`layers` must be None or a list of .* integer; got 1",
+        ),
     ):
         with pytest.raises(kind, match=words):
             call()
     layer = convert_attention(nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True))
     with pytest.raises(ValueError, match="no bias on its scores"):
         layer(torch.randn(1, 4, WIDTH), torch.rand(4, 4))
+    for mask in (torch.ones(1, 4), torch.ones(4, 1), torch.ones(2, 4, 4), torch.ones(3, 4, 4)):
+        with pytest.raises(ValueError, match=r"`attn_mask` must have shape \(4, 4\), or \(8, 4, 4\) for each sequence"):
+            layer(torch.randn(2, 4, WIDTH), mask.bool())
     model = gpt()
     model.blocks[0].sa.heads[0] = IDLHead(8, WIDTH, LONGEST)
     with pytest.raises(ValueError, match="got \\[2\\]"):  # a block with heads of its own is left as it is

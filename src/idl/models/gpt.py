@@ -1,6 +1,7 @@
 """A small GPT, explicit until some of its heads are replaced."""
 
-from typing import Any
+import inspect
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from idl import checks
+from idl.transforms import transforms_are_active
+
+_NO_TARGET = -100  # what torch's cross entropy passes over
 
 
 class Head(nn.Module):
@@ -143,10 +147,11 @@ class GPTLanguageModel(nn.Module):
 
         Args:
             idx: Tokens, integers from 0 to ``vocab_size - 1``.
-            targets: Next tokens.
+            targets: Next tokens; -100 where there is none to predict.
 
         Raises:
-            TypeError, ValueError: If shapes do not fit, or there are more than ``block_size`` tokens.
+            TypeError, ValueError: If shapes do not fit, there are more than ``block_size`` tokens, or one is not in the
+                vocabulary (seen on a CPU; other devices have errors of their own).
         """
         x = self._embedded(idx, 0)
         for block in self.blocks:
@@ -155,6 +160,7 @@ class GPTLanguageModel(nn.Module):
         if targets is None:
             return logits, None
         _check_tokens("targets", targets)
+        _check_range("targets", targets[targets != _NO_TARGET], self.vocab_size)
         if targets.shape != idx.shape:
             raise ValueError(f"`targets` must have the shape {tuple(idx.shape)} of idx; got {tuple(targets.shape)}.")
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten().long())
@@ -181,16 +187,25 @@ class GPTLanguageModel(nn.Module):
             max_new_tokens: Number of new ones.
             temperature: Divides the logits; 0 takes the most likely token.
             top_k: Draw from this many most likely tokens only.
-            use_cache: Whether to remember; heads of one's own without a ``past`` need ``False``.
+            use_cache: Whether to remember; heads of one's own without ``past`` and ``return_past`` need ``False``.
             generator: Source of randomness; torch's own if ``None``.
 
         Raises:
             TypeError, ValueError: If an argument is out of range.
         """
         checks.non_negative_integer("max_new_tokens", max_new_tokens)
+        checks.boolean("use_cache", use_cache)
+        if generator is not None:
+            advice = "Try torch.Generator().manual_seed(0)."
+            checks.instance("generator", generator, torch.Generator, advice)
         temperature = checks.non_negative("temperature", temperature)
         top_k = None if top_k is None else checks.positive_integer("top_k", top_k)
         _check_tokens("idx", idx)
+        if use_cache:
+            for block in self.blocks:
+                attention = cast(Block, block).sa
+                for head in attention.heads if isinstance(attention, SelfAttention) else (attention,):
+                    _check_remembers(head)
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
@@ -218,6 +233,7 @@ class GPTLanguageModel(nn.Module):
 
     def _embedded(self, idx: Tensor, before: int) -> Tensor:
         _check_tokens("idx", idx)
+        _check_range("idx", idx, self.vocab_size)
         if before + idx.shape[1] > self.block_size:
             raise ValueError(
                 f"`idx` must have at most block_size={self.block_size} tokens; got {before + idx.shape[1]}. "
@@ -226,6 +242,17 @@ class GPTLanguageModel(nn.Module):
         positions = torch.arange(before, before + idx.shape[1], device=idx.device)
         embedded: Tensor = self.token_embedding(idx) + self.position_embedding(positions)
         return embedded
+
+
+def _check_remembers(head: nn.Module) -> None:
+    parameters = inspect.signature(head.forward).parameters
+    if not {"past", "return_past"} <= parameters.keys() and not any(
+        p.kind is p.VAR_KEYWORD for p in parameters.values()
+    ):
+        raise TypeError(
+            f"`use_cache` must be False with a head of type {type(head).__name__}, whose forward has no `past` and "
+            "`return_past`; got True."
+        )
 
 
 def _check_tokens(name: str, tokens: Tensor) -> None:
@@ -237,6 +264,16 @@ def _check_tokens(name: str, tokens: Tensor) -> None:
         )
 
 
+def _check_range(name: str, tokens: Tensor, vocab_size: int) -> None:
+    """Check that there are such tokens, where that needs no wait for a device."""
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or transforms_are_active() or not tokens.numel():
+        return
+    least, largest = int(tokens.min()), int(tokens.max())
+    if least < 0 or largest >= vocab_size:
+        wrong = least if least < 0 else largest
+        raise ValueError(f"`{name}` must lie in 0..{vocab_size - 1}, below vocab_size; got {wrong}.")
+
+
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
@@ -246,9 +283,9 @@ def _initialise(module: nn.Module) -> None:
 
 def _drawn(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     """Return a token for each row, ``(batch, 1)``."""
-    if temperature == 0:
+    if temperature < torch.finfo(logits.dtype).tiny:
         return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: a tiny temperature gives no infinity
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: a small temperature gives no infinity
     if top_k is not None and top_k < logits.shape[-1]:
         largest, places = logits.topk(top_k)  # not what is as large as the least of them: there may be more than k
         logits = torch.full_like(logits, -torch.inf).scatter(-1, places, largest)

@@ -1,5 +1,7 @@
 """IDLHead and IDLAttention: self-attention whose keys, queries and values depend on what they give."""
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -124,6 +126,7 @@ class IDLHead(ImplicitHeads):
             TypeError, ValueError: If the three do not fit together, or an argument is out of range.
         """
         maps = _explicit({"key": key, "query": query, "value": value})
+        check_options(cls, options)
         options.setdefault("bias", any(linear.bias is not None for linear in maps))
         head = cls(key.out_features, key.in_features, block_size, fixed_point_iter, attention_version, **options)
         head = head.to(key.weight)
@@ -279,6 +282,7 @@ class IDLAttention(ImplicitHeads):
             TypeError, ValueError: If the maps do not fit together, or an argument is out of range.
         """
         maps = _explicit({"key": key, "query": query, "value": value})
+        check_options(cls, options)
         width, n_head = key.out_features, checks.positive_integer("n_head", n_head)
         checks.instance("projection", projection, nn.Linear, "Pass the module that projects the heads' outputs.")
         if width % n_head or projection.in_features != width or projection.out_features != key.in_features:
@@ -333,12 +337,25 @@ class IDLAttention(ImplicitHeads):
         return (output, *extras) if extras else output
 
 
+_OF_THE_MODEL = {"n_embd", "n_head", "head_size", "block_size", "fixed_point_iter", "attention_version"}
+
+
+def check_options(kind: type, options: Iterable[str]) -> None:
+    """Check that all are arguments of a constructor that are not given elsewhere, or follow from explicit maps."""
+    known = inspect.signature(kind).parameters.keys() - _OF_THE_MODEL
+    if unknown := sorted(set(options) - known):
+        raise TypeError(
+            f"`options` must be of {', '.join(sorted(known))}; got {', '.join(unknown)}. Sizes are those of the maps."
+        )
+
+
 def _explicit(maps: dict[str, nn.Linear]) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     """Return the maps of an explicit head if they fit together."""
     key, query, value = (
         checks.instance(name, linear, nn.Linear, "Pass the modules that map a token to key, query and value.")
         for name, linear in maps.items()
     )
+    checks.same_device_and_dtype({name: linear.weight for name, linear in maps.items()})
     if not key.weight.shape == query.weight.shape == value.weight.shape:
         shapes = ", ".join(str(tuple(linear.weight.shape)) for linear in maps.values())
         raise ValueError(f"`key`, `query` and `value` must have weights of one shape; got {shapes}.")

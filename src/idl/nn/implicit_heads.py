@@ -77,8 +77,9 @@ class ImplicitHeads(nn.Module):
         self.on_failure = on_failure
         rows, columns = 3 * self.head_size, 4 * self.head_size
         self.rank: int | None = None
+        rank = checks.positive_integer("rank", rank)
         if checks.boolean("is_low_rank", is_low_rank):
-            self.rank = checks.positive_integer("rank", rank)
+            self.rank = rank
             if self.rank > rows:
                 raise ValueError(f"`rank` must be at most 3 * head_size={rows}; got {rank}.")
             self.L = nn.Parameter(torch.empty(*in_front, rows, self.rank))
@@ -86,7 +87,9 @@ class ImplicitHeads(nn.Module):
         else:
             self.A = nn.Parameter(torch.empty(*in_front, rows, columns))
         self.B = nn.Parameter(torch.empty(*in_front, rows, self.n_embd))
-        self.register_parameter("bias", nn.Parameter(torch.empty(*in_front, rows)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(*in_front, rows)) if checks.boolean("bias", bias) else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -182,6 +185,8 @@ class ImplicitHeads(nn.Module):
         ``allowed`` says which keys each query reads beside what causality and padding say, to be broadcast to
         ``(batch, heads, time, keys)``; see :meth:`idl.IDLHead.forward` for the rest.
         """
+        checks.boolean("return_past", return_past)
+        checks.boolean("return_solution", return_solution)
         tokens = self._tokens(Tokens(u, key_padding_mask, allowed, past))
 
         def solved() -> tuple[Tensor, list[Any]]:

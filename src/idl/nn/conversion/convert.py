@@ -1,6 +1,5 @@
 """Which parts of a model are converted, and their exchange."""
 
-import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -10,14 +9,10 @@ from torch import nn
 
 from idl import checks
 from idl.models.gpt import GPTLanguageModel
-from idl.nn.attention import IDLAttention
+from idl.nn.attention import IDLAttention, check_options
 from idl.nn.conversion import encoder, gpt
 from idl.nn.conversion.sites import Site
 from idl.nn.implicit_heads import Version
-
-_OPTIONS = inspect.signature(IDLAttention).parameters.keys() - {
-    *("n_embd", "n_head", "head_size", "fixed_point_iter", "attention_version")
-}
 
 
 def convert_attention(
@@ -61,15 +56,10 @@ def convert_attention(
         >>> torch.allclose(convert_attention(encoder)(u), before, atol=1e-5)
         True
     """
+    checks.instance("model", model, nn.Module, "Build the model first.")
     settings = {"fixed_point_iter": fixed_point_iter, "attention_version": attention_version, **options}
-    taken = sorted(options.keys() - _OPTIONS)
-    if taken:
-        raise TypeError(
-            f"`options` must be of {', '.join(sorted(_OPTIONS))}; got {', '.join(taken)}. Sizes are the model's own."
-        )
-    if layers is not None and not isinstance(layers, Iterable):
-        raise TypeError(f"`layers` must be None or a list of integers; got {layers!r}. Try [{layers!r}].")
-    chosen = None if layers is None else [checks.non_negative_integer("layers", layer) for layer in layers]
+    check_options(IDLAttention, options.keys() - {"block_size"})
+    chosen = None if layers is None else _places(layers)
     pretrained = _is_pretrained(model)
     if pretrained and settings.get("solver") is not None:
         raise ValueError("`solver` must be None for a model of transformers: its settings are saved as JSON.")
@@ -92,6 +82,10 @@ def implicit_class(model_class: type[Any]) -> type[Any]:
     Returns:
         A subclass of ``model_class``, the same one each time.
 
+    Raises:
+        TypeError: If ``model_class`` is no model class of transformers.
+        ImportError: If transformers is missing; install ``implicit-deep-learning[transformers]``.
+
     Example:
         >>> import tempfile
         >>> from transformers import BertConfig, BertModel
@@ -101,16 +95,30 @@ def implicit_class(model_class: type[Any]) -> type[Any]:
         ...     type(implicit_class(BertModel).from_pretrained(folder)).__name__
         'ImplicitBertModel'
     """
+    from transformers import PreTrainedModel
+
     from idl.nn.conversion import huggingface
 
+    if not _is_subclass(model_class, PreTrainedModel):
+        raise TypeError(
+            f"`model_class` must be a model class of transformers, as GPT2LMHeadModel; got {model_class!r}."
+        )
     made: type[Any] = huggingface.implicit_class(model_class)
     return made
+
+
+def _places(layers: object) -> list[int]:
+    if not isinstance(layers, Iterable) or not (places := list(layers)):
+        raise TypeError(f"`layers` must be None or a list of at least one integer; got {layers!r}. Try [0].")
+    return [checks.non_negative_integer("layers", place) for place in places]
 
 
 def convert_sites(model: nn.Module, layers: Sequence[int] | None, settings: dict[str, Any]) -> None:
     """Replace the chosen sites of a model, all explicit ones if ``None``."""
     sites = list(_sites(model))
     explicit = [layer for layer, site in enumerate(sites) if site.make is not None]
+    if sites and not explicit:
+        raise TypeError(f"`model` must hold explicit self-attention; in this {type(model).__name__} all is implicit.")
     if not explicit:
         raise TypeError(
             "`model` must hold explicit self-attention of a GPTLanguageModel, nn.TransformerEncoderLayer, or GPT-2 or "
@@ -138,6 +146,10 @@ def _sites(model: nn.Module) -> Iterator[Site]:
             from idl.nn.conversion import huggingface
 
             yield from huggingface.sites(module)
+
+
+def _is_subclass(value: object, of: type) -> bool:
+    return isinstance(value, type) and issubclass(value, of)
 
 
 def _is_pretrained(model: nn.Module) -> bool:

@@ -39,8 +39,8 @@ class EncoderAttention(nn.Module):
         Masks are those of :class:`torch.nn.MultiheadAttention`: true, or hugely negative, where nothing is read.
 
         Raises:
-            ValueError: If query, key and value are not the same, weights are asked for, or ``is_causal`` comes without
-                the mask that it is a hint about.
+            ValueError: If query, key and value are not the same, weights are asked for, a mask has another shape or
+                adds to scores, or ``is_causal`` comes without the mask that it is a hint about.
         """
         if is_causal and attn_mask is None:
             raise ValueError("`attn_mask` must be given with is_causal=True, which is a hint about it; got None.")
@@ -52,21 +52,28 @@ class EncoderAttention(nn.Module):
         batched = query.dim() == 3
         u = query if batched else query.unsqueeze(0 if self.batch_first else 1)
         u = u if self.batch_first else u.transpose(0, 1)
-        padding = None if key_padding_mask is None else ~_read(key_padding_mask)
+        padding = None if key_padding_mask is None else ~_read("key_padding_mask", key_padding_mask)
         padding = padding if padding is None or batched else padding[None]
-        o, _ = self.attention.outputs(u, padding, allowed=None if attn_mask is None else self._allowed(attn_mask))
+        allowed = None if attn_mask is None else self._allowed(attn_mask, *u.shape[:2])
+        o, _ = self.attention.outputs(u, padding, allowed=allowed)
         output = self.attention.projection(o.flatten(2))
         output = output if self.batch_first else output.transpose(0, 1)
         return output.reshape(query.shape), None
 
-    def _allowed(self, mask: Tensor) -> Tensor:
-        mask = _read(mask)  # (time, time), or (batch * heads, time, time)
-        return mask if mask.dim() == 2 else mask.view(-1, self.attention.n_head, *mask.shape[1:])
+    def _allowed(self, mask: Tensor, batch: int, time: int) -> Tensor:
+        heads = self.attention.n_head
+        if mask.shape not in ((time, time), (batch * heads, time, time)):
+            raise ValueError(
+                f"`attn_mask` must have shape {(time, time)}, or {(batch * heads, time, time)} for each sequence and "
+                f"head; got {tuple(mask.shape)}."
+            )
+        mask = _read("attn_mask", mask)
+        return mask if mask.dim() == 2 else mask.view(batch, heads, time, time)
 
 
-def _read(mask: Tensor) -> Tensor:
+def _read(name: str, mask: Tensor) -> Tensor:
     """Return where a mask of PyTorch's lets a query read."""
-    return allowed_keys(mask) if mask.is_floating_point() else ~mask
+    return allowed_keys(name, mask) if mask.is_floating_point() else ~mask
 
 
 def sites(layer: nn.TransformerEncoderLayer) -> Iterator[Site]:

@@ -22,6 +22,8 @@ def sites(model: GPTLanguageModel) -> Iterator[Site]:
 
 def _maker(attention: SelfAttention, block_size: int) -> Any:
     def make(settings: dict[str, Any]) -> nn.Module:
+        if settings.get("causal") is False:
+            raise ValueError("`causal` must be True in a GPTLanguageModel, whose tokens would read what they predict.")
         heads: list[Any] = list(attention.heads)
         key, query, value = (
             linear(torch.cat([getattr(head, name).weight for head in heads]), None)

@@ -52,7 +52,7 @@ class CachedAttention(nn.Module):
         cache = getattr(cache, "self_attention_cache", cache)
         o, extras = self.attention.outputs(
             hidden_states,
-            allowed=None if attention_mask is None else allowed_keys(attention_mask),
+            allowed=None if attention_mask is None else allowed_keys("attention_mask", attention_mask),
             past=None if cache is None else _remembered(cache, self.layer_idx),
             return_past=cache is not None,
         )

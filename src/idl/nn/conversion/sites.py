@@ -38,7 +38,7 @@ def scaled(query: nn.Linear, factor: float) -> nn.Linear:
     return linear(query.weight * factor, None if bias is None else bias * factor)
 
 
-def allowed_keys(mask: Tensor) -> Tensor:
+def allowed_keys(name: str, mask: Tensor) -> Tensor:
     """Return where a query reads a key, from what is true there, or is added to scores: 0, or hugely negative.
 
     Raises:
@@ -49,7 +49,7 @@ def allowed_keys(mask: Tensor) -> Tensor:
     kept = mask == 0
     if not bool((kept | (mask <= -1e4)).all()):
         raise ValueError(
-            "`attention_mask` must add 0 where a query reads a key and a hugely negative number elsewhere; got other "
+            f"`{name}` must add 0 where a query reads a key and a hugely negative number elsewhere; got other "
             "numbers. Implicit attention takes no bias on its scores."
         )
     return kept

@@ -10,6 +10,7 @@ from idl.models.gpt import GPTLanguageModel
 from idl.nn import convert_attention
 
 MODELS = ("explicit", "wide", "softmax", "lipschitz", "low-rank", "continued", "converted")
+IMPLICIT = ("softmax", "lipschitz", "low-rank")
 FINE_TUNED = ("continued", "converted")
 """Models that begin with the weights of a trained explicit one."""
 
@@ -61,19 +62,10 @@ def build(name: str, vocabulary: int, shape: Shape, seed: int) -> NextCharacter:
         torch.manual_seed(seed)
         return NextCharacter(_gpt(vocabulary, shape, width))
     gpt = _gpt(vocabulary, shape, shape.n_embd)
-    if name in ("softmax", "lipschitz", "low-rank"):
+    if name in IMPLICIT:  # from the weights that the explicit model of this seed starts with, and A = 0
         version = "lipschitz" if name == "lipschitz" else "softmax"
-        for block in gpt.blocks:
-            block.sa = IDLAttention(
-                shape.n_embd,
-                shape.n_head,
-                shape.block_size,
-                attention_version=version,
-                is_low_rank=name == "low-rank",
-                rank=4,
-                dropout=shape.dropout,
-                **TOLERANCES,
-            )
+        low_rank = name == "low-rank"
+        convert_attention(gpt, attention_version=version, is_low_rank=low_rank, rank=4, **TOLERANCES)
     return NextCharacter(gpt)
 
 

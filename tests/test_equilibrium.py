@@ -181,8 +181,8 @@ BAD = {
         TypeError,
         ["`x0`", "floating-point"],
     ),
-    "phi is unknown": (lambda A, B, u: (A, B, u, {"phi": "rleu"}), ValueError, ["`activation`", "'relu'", "'rleu'"]),
-    "phi is a number": (lambda A, B, u: (A, B, u, {"phi": 3}), TypeError, ["`activation`", "callable", "int"]),
+    "phi is unknown": (lambda A, B, u: (A, B, u, {"phi": "rleu"}), ValueError, ["`phi`", "'relu'", "'rleu'"]),
+    "phi is a number": (lambda A, B, u: (A, B, u, {"phi": 3}), TypeError, ["`phi`", "callable", "int"]),
     "on_failure is unknown": (
         lambda A, B, u: (A, B, u, {"on_failure": "explode"}),
         ValueError,
@@ -391,7 +391,11 @@ def test_an_equation_without_a_solution_is_not_called_solved(solver):
     ("activation", "error", "words"),
     [
         (torch.nn.ReLU, TypeError, "Did you mean ReLU()?"),
-        (lambda z: z[:, :1], ValueError, "got shape (5, 1)"),
+        (lambda z: z.double(), ValueError, "`activation` must return"),
+        (Activation(torch.tanh, lambda z: (1 - z.tanh() ** 2).mean()), ValueError, "`derivative` must return"),
+        (Activation(torch.tanh, lambda z: 1 - z.tanh().mean(0) ** 2), ValueError, "`derivative` must return"),
+        (Activation(torch.tanh, lambda z: 1.0), ValueError, "`derivative` must return"),
+        (lambda z: z[:, :1], ValueError, "got torch.float32 (5, 1)"),
     ],
 )
 def test_an_activation_that_is_none_says_so(activation, error, words):

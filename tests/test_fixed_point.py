@@ -1,5 +1,8 @@
 """``fixed_point``: known answers, and gradients to everything that a function reads, wherever it keeps it."""
 
+import inspect
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -358,6 +361,20 @@ def test_rounding_inside_the_function_above_that_of_its_values_is_the_end_of_a_s
 def test_a_slow_drift_below_the_tolerance_is_no_rounding():
     solution = fixed_point(lambda x: x + 1e-6, torch.zeros(2, 3).double(), solver=Picard(3e-6), on_failure="ignore")
     assert not bool(solution.converged.any())
+
+
+@pytest.mark.parametrize(
+    ("f", "kind", "words"),
+    [
+        (torch.nn.Tanh, TypeError, "`f` must be a function or a module"),
+        ("cos", TypeError, "`f` must be a function or a module, called as f(x, *params); got 'cos'"),
+        (lambda x: (x / 2).double(), TypeError, "`f` must return the dtype of x0, torch.float32; got torch.float64"),
+        (lambda x: x.long(), TypeError, "`f` must return the dtype of x0, torch.float32; got torch.int64"),
+    ],
+)
+def test_what_is_no_map_of_the_state_is_named(f, kind, words):
+    with pytest.raises(kind, match=re.escape(words)):
+        inspect.unwrap(fixed_point)(f, torch.ones(3, 2))
 
 
 def test_an_adjoint_asks_for_a_solver_when_it_is_made():

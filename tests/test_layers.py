@@ -27,7 +27,7 @@ BELOW = {
     "functions": "errors checks transforms activations linalg solvers maps recurrence differentiation equilibrium "
     "sequence wellposed",
     "attention": "errors checks transforms activations linalg solvers maps differentiation equilibrium",
-    "models": "errors checks",
+    "models": "errors checks transforms",
     "nn": "errors checks transforms activations linalg solvers maps recurrence differentiation equilibrium sequence "
     "wellposed functions attention models",
     "sim": "errors atomic checks activations linalg functions nn",

@@ -114,11 +114,17 @@ def _trained(settings: Settings, run: Run) -> dict[str, object]:
 def main(
     dataset: Annotated[Dataset, typer.Option(help="Images to classify.")] = Dataset.fashion_mnist,
     model: Annotated[Model, typer.Option(help="Implicit model, or explicit MLP.")] = Model.implicit,
-    hidden_dim: Annotated[int, typer.Option(min=1, help="Size of the hidden state.")] = Settings.hidden_dim,
+    hidden_dim: Annotated[
+        int | None, typer.Option(min=1, help=f"Size of the hidden state; {Settings.hidden_dim} by default.")
+    ] = None,
     low_rank: Annotated[bool, typer.Option("--low-rank", help="Make A a product L R^T.")] = False,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of A, with --low-rank.")] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = Settings.epochs,
-    seed: Annotated[int, typer.Option(min=0, help="Decides weights and order of samples.")] = Settings.seed,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help=f"Passes over the training data; {Settings.epochs} by default.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Decides weights and order of samples.")
+    ] = Settings.seed,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.", callback=usable_device)] = Settings.device,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny run that shows that all works.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, whatever was trained.")] = False,
@@ -127,9 +133,10 @@ def main(
     """Train one classifier on images; an interrupted run continues."""
     if low_rank != (rank is not None):
         raise typer.BadParameter("--low-rank and --rank go together, as in --low-rank --rank 2")
-    settings = Settings(dataset.value, model.value, hidden_dim, rank, epochs=epochs, seed=seed, device=device)
+    settings = Settings(dataset.value, model.value, rank=rank, seed=seed, device=device)
     if smoke:
         settings = replace(settings, hidden_dim=16, epochs=2, batch_size=32, training_images=512)
+    settings = replace(settings, hidden_dim=hidden_dim or settings.hidden_dim, epochs=epochs or settings.epochs)
     with exit_with_advice():
         train(settings, out or Path("runs/im") / settings.name(), Console(), fresh)
 

@@ -140,7 +140,9 @@ def main(
     dataset: Annotated[Dataset, typer.Option(help="Which text.")] = Dataset["topics"],  # type: ignore[valid-type]
     model: Annotated[Model, typer.Option(help="Which model.")] = Model["softmax"],  # type: ignore[valid-type]
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the text.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides weights, dropout, order of windows.")] = Settings.seed,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Decides weights, dropout, order of windows.")
+    ] = Settings.seed,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.", callback=usable_device)] = Settings.device,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny run that shows that all works.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, whatever was trained.")] = False,
@@ -149,7 +151,7 @@ def main(
     """Train one language model on characters; an interrupted run continues."""
     settings = Settings(dataset=dataset.value, model=model.value, seed=seed, device=device)
     settings = tiny(settings) if smoke else settings
-    settings = settings if epochs is None else replace(settings, epochs=epochs)
+    settings = replace(settings, epochs=epochs or settings.epochs)
     with exit_with_advice():
         train(settings, out or Path("runs/im_attention") / settings.name(), Console(), fresh)
 

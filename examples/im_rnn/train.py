@@ -133,7 +133,9 @@ def main(
     hidden_dim: Annotated[int, typer.Option(min=1, help="Size of h.")] = Settings.hidden_dim,
     implicit_hidden_dim: Annotated[int, typer.Option(min=1, help="Size of x.")] = Settings.implicit_hidden_dim,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides weights and order of samples.")] = Settings.seed,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Decides weights and order of samples.")
+    ] = Settings.seed,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.", callback=usable_device)] = Settings.device,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny run that shows that all works.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, whatever was trained.")] = False,
@@ -148,10 +150,9 @@ def main(
         seed=seed,
         device=device,
     )
-    if epochs is not None:
-        settings = replace(settings, epochs=epochs)
     if smoke:
         settings = replace(settings, epochs=2, samples=300)
+    settings = replace(settings, epochs=epochs or settings.epochs)
     with exit_with_advice():
         train(settings, out or Path("runs/im_rnn") / settings.name(), Console(), fresh)
 

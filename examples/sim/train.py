@@ -234,22 +234,25 @@ def _modelled(settings: Settings, sim: SIM, run: Run) -> dict[str, object]:
 def main(
     dataset: Annotated[Dataset, typer.Option(help="Images to classify.")] = Dataset.fashion_mnist,
     teacher: Annotated[TeacherKind, typer.Option(help="Explicit network to start from.")] = TeacherKind.mlp,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes of the teacher over its data.")] = Settings.epochs,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help=f"Passes of the teacher over its data; {Settings.epochs} by default.")
+    ] = None,
     lam: Annotated[float, typer.Option(help="Weight of the l1 penalty.")] = Settings.lam,
     keep: Annotated[float | None, typer.Option(help="Part of the teacher's weights to keep, instead.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Images that SIM sees; all by default.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides weights and order of samples.")] = Settings.seed,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Decides weights and order of samples.")
+    ] = Settings.seed,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.", callback=usable_device)] = Settings.device,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny run that shows that all works.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, whatever was trained.")] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder; by default one below runs/sim.")] = None,
 ) -> None:
     """Make an explicit network a sparse implicit model; an interrupted run continues."""
-    settings = Settings(
-        dataset.value, teacher.value, epochs, lam=lam, keep=keep, samples=samples, seed=seed, device=device
-    )
+    settings = Settings(dataset.value, teacher.value, lam=lam, keep=keep, samples=samples, seed=seed, device=device)
     if smoke:
         settings = replace(settings, epochs=8, batch_size=16, training_images=512)
+    settings = replace(settings, epochs=epochs or settings.epochs)
     with exit_with_advice():
         train(settings, out or Path("runs/sim") / settings.name(), Console(), fresh)
 

@@ -43,8 +43,11 @@ class Activation:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        for field, value in (("phi", self.phi), ("derivative", self.derivative)):
-            if not callable(value) and not (field == "derivative" and value is None):
+        for field in ("phi", "derivative", "derivative_of_output", "phi_"):
+            value = getattr(self, field)
+            if value is None and field != "phi":
+                continue
+            if isinstance(value, type) or not callable(value):
                 raise TypeError(f"`{field}` must be a function of a tensor; got {value!r}. Try torch.tanh.")
         if self.lipschitz is not None:
             checks.positive("lipschitz", self.lipschitz)
@@ -176,8 +179,10 @@ def componentwise(activation: Activation) -> Activation:
     return replace(activation, derivative=_ComponentwiseDerivative(activation.phi))
 
 
-def resolve(activation: str | Activation | Callable[[Tensor], Tensor]) -> Activation:
+def resolve(activation: str | Activation | Callable[[Tensor], Tensor], name: str = "activation") -> Activation:
     """Return the activation of a name, of an :class:`Activation`, or of any callable on tensors.
+
+    Errors call it ``name``.
 
     A callable carries no derivative and no slope bound: gradients come from autograd (also those of its own
     parameters, and also where it couples the entries of a sample), and no error bound is claimed.
@@ -195,17 +200,17 @@ def resolve(activation: str | Activation | Callable[[Tensor], Tensor]) -> Activa
     if isinstance(activation, str):
         if activation not in BY_NAME:
             raise ValueError(
-                f"`activation` must be one of {', '.join(map(repr, BY_NAME))}, an Activation or a callable; "
+                f"`{name}` must be one of {', '.join(map(repr, BY_NAME))}, an Activation or a callable; "
                 f"got {activation!r}."
             )
         return BY_NAME[activation]
     if isinstance(activation, type):
         raise TypeError(
-            f"`activation` must be a name, an Activation or a callable on tensors; got the class "
+            f"`{name}` must be a name, an Activation or a callable on tensors; got the class "
             f"{activation.__name__}. Did you mean {activation.__name__}()?"
         )
     if callable(activation):
         return Activation(activation, name=getattr(activation, "__name__", type(activation).__name__))
     raise TypeError(
-        f"`activation` must be a name, an Activation or a callable on tensors; got {type(activation).__name__}."
+        f"`{name}` must be a name, an Activation or a callable on tensors; got {type(activation).__name__}."
     )

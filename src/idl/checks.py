@@ -47,6 +47,14 @@ def positive(name: str, value: object) -> float:
     return number
 
 
+def finite(name: str, value: object) -> float:
+    """Return ``value`` if it is a finite real number."""
+    number = _real(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"`{name}` must be finite; got {value!r}.")
+    return number
+
+
 def in_open_unit(name: str, value: object, advice: str = "") -> float:
     """Return ``value`` if it lies strictly between 0 and 1."""
     number = _real(name, value)

@@ -58,7 +58,9 @@ def application() -> "typer.Typer":
     @app.command()
     def demo(
         epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 60,
-        seed: Annotated[int, typer.Option(min=0, help="Decides initial weights and order of samples.")] = 0,
+        seed: Annotated[
+            int, typer.Option(min=0, max=2**32 - 1, help="Decides initial weights and order of samples.")
+        ] = 0,
         out: Annotated[Path, typer.Option(help="Run folder; replaces a finished demo.")] = Path("runs/demo"),
     ) -> None:
         """Train an implicit model on handwritten digits, and an explicit network of the same size."""

@@ -76,7 +76,9 @@ def equilibrium(
     """
     _check_methods(solver, adjoint)
     check_tensors(A.tensors[0] if isinstance(A, StateMatrix) else A, B, u, bias, x0)
-    return eagerly(lambda: attempt(A, B, u, bias, activations.resolve(phi), x0, solver, adjoint, on_failure).measured())
+    return eagerly(
+        lambda: attempt(A, B, u, bias, activations.resolve(phi, "phi"), x0, solver, adjoint, on_failure).measured()
+    )
 
 
 def fixed_point(
@@ -108,8 +110,8 @@ def fixed_point(
         The solution; ``x`` has the structure of ``x0``.
 
     Raises:
-        TypeError, ValueError: If ``x0`` holds no floating-point tensors of one dtype and device, or ``f`` returns
-            another structure.
+        TypeError, ValueError: If ``f`` cannot be called or returns another structure, shape or dtype, or ``x0`` holds
+            no floating-point tensors of one dtype and device.
         ConvergenceError: If a sample did not converge and ``on_failure="raise"``.
 
     Example:
@@ -117,6 +119,8 @@ def fixed_point(
         tensor(0.7391)
     """
     _check_methods(solver, adjoint)
+    if isinstance(f, type) or not callable(f):
+        raise TypeError(f"`f` must be a function or a module, called as f(x, *params); got {f!r}.")
     return eagerly(_fixed_point, f, x0, params, solver, adjoint, on_failure)
 
 
@@ -275,10 +279,25 @@ def parametric_map(
 def _learned(phi: Activation, z: Tensor) -> list[Tensor]:
     """Return the tensors that an activation reads, after a look at what it returns."""
     learned, image = captured_tensors(phi, (z,))
-    if not isinstance(image, Tensor) or image.shape != z.shape:
-        got = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
-        raise ValueError(f"`activation` must return a tensor of the shape of its argument {tuple(z.shape)}; got {got}.")
+    _check_image("activation", image, z)
+    if phi.derivative is not None:
+        with torch.no_grad():
+            two = z[:2]  # rows show whether they are reduced or broadcast, and cost nothing
+            _check_image("derivative", phi.derivative(two), two)
     return learned
+
+
+def _check_image(name: str, image: object, z: Tensor) -> None:
+    """Check what a function of ``z`` has returned, componentwise or not."""
+    # Half precision is solved in float32, and parameters of an activation may be in that already.
+    exact = z.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(z.device.type)
+    fits = isinstance(image, Tensor) and image.shape == z.shape and image.is_floating_point()
+    if not isinstance(image, Tensor) or not fits or (exact and image.dtype != z.dtype):
+        got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
+        raise ValueError(
+            f"`{name}` must return a tensor of the shape and dtype of its argument, {z.dtype} {tuple(z.shape)}; "
+            f"got {got}."
+        )
 
 
 def _composed(kind: type[StateMatrix], phi: Activation, count: int, captured: list[Tensor]) -> Callable[..., Tensor]:

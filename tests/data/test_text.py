@@ -36,6 +36,21 @@ def test_bytes_are_no_text():
         inspect.unwrap(idl.data.character_windows)(b"abc" * 100, 4)
 
 
+@pytest.mark.parametrize(
+    ("integers", "words"),
+    [
+        (torch.tensor([[0, 1]]), r"one dimension; got torch\.int64 \(1, 2\)\. Decode one text of a batch"),
+        (torch.tensor([0.0]), r"a tensor of integers"),
+        (torch.tensor([0, -1]), r"`integers` must lie in 0\.\.2, places in the alphabet; got -1"),
+        (torch.tensor([3]), r"got 3"),
+    ],
+)
+def test_what_is_no_text_is_not_decoded(integers, words):
+    windows = idl.data.character_windows("abc" * 100, 4)
+    with pytest.raises(ValueError, match=words):
+        inspect.unwrap(type(windows).decoded)(windows, integers)
+
+
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="more than 16 characters"):
         idl.data.character_windows("a short text, and no more", 16)

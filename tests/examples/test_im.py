@@ -51,11 +51,14 @@ def test_smoke_runs_as_a_script(tmp_path):
         "--smoke",
         "--dataset",
         "digits",
+        "--epochs",
+        "3",  # what is asked for goes before what is tiny
         "--out",
         tmp_path / "run",
     ]
     result = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert len(json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"]) == 3
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "metrics.json",
         "settings.json",

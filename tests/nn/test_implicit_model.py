@@ -608,7 +608,16 @@ def test_a_setting_that_does_not_fit_is_named_when_the_model_is_built(options, k
 @pytest.mark.usefixtures("as_users_run_it")
 def test_a_low_rank_triangular_model_is_refused_with_advice():
     with pytest.raises(TypeError, match=r"no low-rank form; use low_rank=False, or f=ImplicitFunctionInf"):
-        ImplicitModel(7, 12, 3, low_rank=True, rank=2, f=ImplicitFunctionTriu)(torch.ones(5, 12))
+        ImplicitModel(7, 12, 3, low_rank=True, rank=2, f=ImplicitFunctionTriu)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("name", ["bias", "direct"])
+def test_a_flag_is_true_or_false(name):
+    with pytest.raises(TypeError, match=rf"`{name}` must be True or False; got 'False'"):
+        ImplicitModel(7, 12, 3, **{name: "False"})
+    with pytest.raises(TypeError, match=r"`return_solution` must be True or False; got 'no'"):
+        ImplicitModel(7, 12, 3)(torch.ones(5, 12), None, "no")
 
 
 @pytest.mark.parametrize("name", ["hiden_dim", "max_iter", "no_D"])

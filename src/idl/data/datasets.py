@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from idl import checks
 from idl.data import formats
 from idl.data.files import Fingerprint, Source, read
 
@@ -267,10 +268,9 @@ def load(name: str, *, download: bool = True, progress: bool = True) -> Dataset:
         >>> load("digits")
         Dataset('digits', train=(1437, 1, 8, 8), test=(360, 1, 8, 8), classes=10)
     """
+    checks.one_of("name", name, NAMES)
     if name == "digits":
         return digits()
-    if name not in _LOADERS:
-        raise ValueError(f"`name` must be one of {', '.join(map(repr, NAMES))}; got {name!r}.")
     return _LOADERS[name](download=download, progress=progress)
 
 

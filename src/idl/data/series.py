@@ -40,7 +40,7 @@ def spiky(points: int = 10_000, regions: int = 29, noise: float = 0.25, seed: in
     free = points - regions * _SPIKY_POINTS
     if free < 0:
         raise ValueError(f"`regions` must be at most {points // _SPIKY_POINTS} in {points} points; got {regions}.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checks.non_negative_integer("seed", seed))
     x = torch.linspace(0, 100, points, dtype=torch.float64)
     y = x.sin() + noise * torch.randn(points, generator=generator, dtype=torch.float64)
     # Gaps before the regions: sorted uniform numbers are a uniform choice of places that do not overlap.
@@ -119,13 +119,18 @@ def sliding_windows(series: Float[Tensor, " points"], length: int, train: float 
     series, length = checks.floating_tensor("series", series), checks.positive_integer("length", length)
     if series.dim() != 1:
         raise ValueError(f"`series` must have one dimension; got shape {tuple(series.shape)}.")
+    if not len(series):
+        raise ValueError("`series` must have values; got none.")
     cut = round(checks.in_open_unit("train", train) * len(series))
     shorter = min(cut, len(series) - cut)
     if shorter <= length:
         raise ValueError(f"`length` must be below {shorter}, the length of the shorter part; got {length}.")
+    if not bool(series.isfinite().all()):
+        place = int((~series.isfinite()).nonzero()[0])
+        raise ValueError(f"`series` must be finite; got {float(series[place])} at place {place}.")
     low, high = float(series[:cut].min()), float(series[:cut].max())
     if not low < high or not math.isfinite(high - low):
-        raise ValueError(f"`series` must vary and be finite in its training part; got values from {low} to {high}.")
+        raise ValueError(f"`series` must vary in its training part; got values from {low} to {high}.")
     scaled = (series - low) / (high - low)
     parts = [part.unfold(0, length + 1, 1) for part in (scaled[:cut], scaled[cut:])]
     (train_inputs, train_targets), (test_inputs, test_targets) = ((p[:, :-1, None], p[:, -1:]) for p in parts)
@@ -155,9 +160,14 @@ def rolling_argmax(
         >>> numbers.shape, places.shape
         (torch.Size([2, 5, 1]), torch.Size([2, 5]))
     """
+    low, high = checks.finite("low", low), checks.finite("high", high)
     if not low < high:
         raise ValueError(f"`low` must be below `high`; got {low} and {high}.")
-    drawn = torch.rand(_shape(samples, length), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.rand(
+        _shape(samples, length),
+        generator=torch.Generator().manual_seed(checks.non_negative_integer("seed", seed)),
+        dtype=torch.float64,
+    )
     numbers = (low + (high - low) * drawn).float()
     return numbers[:, :, None], numbers.cummax(1).indices
 
@@ -185,8 +195,12 @@ def rolling_average(
         >>> torch.allclose(means[:, -1], numbers.mean(1))
         True
     """
-    deviation = checks.non_negative("deviation", deviation)
-    drawn = torch.randn(_shape(samples, length), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    mean, deviation = checks.finite("mean", mean), checks.non_negative("deviation", deviation)
+    drawn = torch.randn(
+        _shape(samples, length),
+        generator=torch.Generator().manual_seed(checks.non_negative_integer("seed", seed)),
+        dtype=torch.float64,
+    )
     numbers = mean + deviation * drawn
     means = numbers.cumsum(1) / torch.arange(1, length + 1, dtype=torch.float64)
     return numbers.float()[:, :, None], means.float()[:, :, None]

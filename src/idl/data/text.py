@@ -81,13 +81,29 @@ class CharacterWindows(NamedTuple):
         """Return the integers of a text.
 
         Raises:
-            ValueError: If a character is not in the alphabet.
+            TypeError, ValueError: If it is no text, or a character is not in the alphabet.
         """
+        checks.instance("text", text, str, "Decode bytes first: text.decode().")
         return _encoded(self.alphabet, text)
 
     def decoded(self, integers: Int64[Tensor, " characters"]) -> str:
-        """Return the text of integers."""
-        return "".join(self.alphabet[i] for i in integers.tolist())
+        """Return the text of integers.
+
+        Raises:
+            TypeError, ValueError: If they are not in one dimension, or no places in the alphabet.
+        """
+        checks.instance("integers", integers, Tensor, "Try torch.tensor(integers).")
+        if integers.dim() != 1 or integers.is_floating_point():
+            raise ValueError(
+                f"`integers` must be a tensor of integers in one dimension; got {integers.dtype} "
+                f"{tuple(integers.shape)}. Decode one text of a batch at a time: decoded(tokens[0])."
+            )
+        places = integers.tolist()
+        if wrong := [place for place in places if not 0 <= place < len(self.alphabet)]:
+            raise ValueError(
+                f"`integers` must lie in 0..{len(self.alphabet) - 1}, places in the alphabet; got {wrong[0]}."
+            )
+        return "".join(self.alphabet[place] for place in places)
 
 
 def character_windows(text: str, length: int, test_fraction: float = 0.1) -> CharacterWindows:

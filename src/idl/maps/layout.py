@@ -31,6 +31,7 @@ class StateLayout:
         for name, leaf in named.items():
             checks.floating_tensor(name, leaf)
         checks.same_device_and_dtype(named)
+        self.dtype = leaves[0].dtype
         self.shapes = [leaf.shape for leaf in leaves]
         self.batched = all(len(s) >= 2 and s[0] == self.shapes[0][0] for s in self.shapes)
         self.rows = self.samples = self.shapes[0][0] if self.batched else 1
@@ -69,3 +70,5 @@ class StateLayout:
             if not isinstance(leaf, Tensor) or leaf.shape != shape:
                 got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise ValueError(f"`f` must return tensors of the shapes of x0; expected {tuple(shape)}, got {got}.")
+            if leaf.dtype != self.dtype and not torch.is_autocast_enabled(leaf.device.type):
+                raise TypeError(f"`f` must return the dtype of x0, {self.dtype}; got {leaf.dtype}.")

@@ -14,6 +14,7 @@ from idl.activations import Activation
 from idl.functions import ImplicitFunction, ImplicitFunctionInf, StateParameters
 from idl.linalg.sparse import linear
 from idl.solvers.base import Solution
+from idl.wellposed.base import AbstractConstraint
 
 _DEFAULTS = {"mitr": 300, "grad_mitr": 300, "tol": 3e-6, "grad_tol": 3e-6}
 
@@ -84,8 +85,9 @@ class ImplicitModel(nn.Module):
             self.R = nn.Parameter(torch.empty(n, self.rank))
         self.B = nn.Parameter(torch.empty(n, p))
         self.C = nn.Parameter(torch.empty(q, n))
-        self.D = nn.Parameter(torch.empty(q, p)) if direct else None
-        self.bias = nn.Parameter(torch.empty(n)) if bias else None
+        self.D = nn.Parameter(torch.empty(q, p)) if checks.boolean("direct", direct) else None
+        self.bias = nn.Parameter(torch.empty(n)) if checks.boolean("bias", bias) else None
+        self._check_factors()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -135,7 +137,7 @@ class ImplicitModel(nn.Module):
         """
         u = self._flattened(checks.floating_tensor("u", u))
         A, B, C, D = self._matrices()
-        if not return_solution:
+        if not checks.boolean("return_solution", return_solution):
             return self._output(self.f(A, B, u, bias=self.bias, x0=x0), u, C, D)
         solution = self.f.solution(A, B, u, bias=self.bias, x0=x0)
         return self._output(solution.x, u, C, D), solution
@@ -153,6 +155,11 @@ class ImplicitModel(nn.Module):
     @property
     def _state_parameters(self) -> StateParameters:
         return self.A if self.rank is None else (self.L, self.R)
+
+    def _check_factors(self) -> None:
+        constraint = self.f.constraint
+        if self.rank is not None and type(constraint).admit_factors is AbstractConstraint.admit_factors:
+            constraint.admit_factors(self.L, self.R, 1.0)  # has no low-rank form: raises now what the first solve would
 
     def _matrices(self) -> tuple[StateParameters, Tensor, Tensor, Tensor | None]:
         """Return ``A, B, C, D`` as the forward pass multiplies with them."""

@@ -134,7 +134,9 @@ class ImplicitRNNCell(nn.Module):
             raise ValueError(f"`h` must have shape {shape}, as `u` has {tuple(u.shape)}; got {tuple(h.shape)}.")
         checks.same_device_and_dtype({"u": u, "h": h})
         both = torch.cat((u, h), -1)
-        return self.model(both, x0, return_solution=True) if return_solution else self.model(both, x0)
+        if checks.boolean("return_solution", return_solution):
+            return self.model(both, x0, return_solution=True)
+        return self.model(both, x0)
 
     def run(self, rows: Tensor, timeline: Timeline, h0: Tensor, *, parallel_in_time: bool = False) -> Trajectory:
         """Return the equilibria of packed sequences.
@@ -295,13 +297,16 @@ class ImplicitRNN(nn.Module):
 
             With ``return_state`` or ``return_solution`` a tuple of these, the state, and a
             :class:`~idl.solvers.Solution` with one number for each cell, sample and time, ``(layers * directions,
-            batch, time)``, as converged as can be beyond the length of a sequence. Its error bound is that of
+            batch, time)`` or, as ``u`` has them, ``(..., time, batch)`` or ``(..., time)``; as converged as can be
+            beyond the length of a sequence. Its error bound is that of
             ``x_t`` for the ``h_{t-1}`` that was computed, which itself is as exact as the tolerance asks.
 
         Raises:
             TypeError, ValueError: If a shape, dtype, device or length does not fit.
             ConvergenceError: If a state did not converge and ``f`` has ``on_failure="raise"``.
         """
+        checks.boolean("return_state", return_state)
+        checks.boolean("return_solution", return_solution)
         rows, packing = pack(u, lengths, self.input_dim, self.batch_first)
         states = self._first_states(h0, rows, packing)
         directions = 2 if self.bidirectional else 1

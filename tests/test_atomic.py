@@ -12,6 +12,19 @@ def test_a_file_holds_exactly_what_was_written(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_path_may_be_a_string(tmp_path):
+    write_json(f"{tmp_path}/file", {})
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("folder", ["missing", "file"])
+def test_a_missing_folder_is_refused_by_the_name_of_the_file_that_was_to_be_written(tmp_path, folder):
+    write_bytes(tmp_path / "file", b"old")
+    with pytest.raises(FileNotFoundError, match=f"`path` must lie in a folder that exists; got .*/{folder}/new. Make"):
+        write_bytes(tmp_path / folder / "new", b"")
+    assert os.listdir(tmp_path) == ["file"]
+
+
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
     def interrupt(*arguments):

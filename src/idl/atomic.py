@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: str | Path, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the whole new one, never a part.
 
     The content goes to a temporary file in the same folder, which then takes the place of ``path`` in one
@@ -24,8 +24,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         content: The whole content.
 
     Raises:
-        OSError: If the folder is missing, not writable or full.
+        FileNotFoundError: If the folder is missing.
+        OSError: If the folder is not writable or full.
     """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"`path` must lie in a folder that exists; got {path}. Make {path.parent} first.")
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -40,7 +44,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
-def write_json(path: Path, content: Mapping[str, object]) -> None:
+def write_json(path: str | Path, content: Mapping[str, object]) -> None:
     """Write ``content`` to ``path`` as indented JSON, whole or not at all.
 
     Args:

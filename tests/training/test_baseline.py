@@ -36,8 +36,17 @@ def test_a_low_rank_baseline_is_the_full_one_with_the_product_of_the_factors():
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [((0, 7, 3, None), "`input_dim` must be at least 1"), ((5, 7, 3, 8), r"`rank` must be in 1\.\.7")],
+    [((0, 7, 3, None), "`input_dim` must be an integer >= 1"), ((5, 7, 3, 8), r"`rank` must be in 1\.\.7")],
 )
 def test_sizes_out_of_range_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         ExplicitMLP(*sizes)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("size", [2.0, True, "2"])
+@pytest.mark.parametrize("name", ["input_dim", "hidden_dim", "output_dim", "rank"])
+def test_sizes_that_are_no_integers_are_refused(name, size):
+    sizes = {"input_dim": 5, "hidden_dim": 7, "output_dim": 3, "rank": 1, name: size}
+    with pytest.raises(TypeError, match=f"`{name}` must be an integer >= 1"):
+        ExplicitMLP(**sizes)

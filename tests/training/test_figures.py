@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from idl.training import EpochRecord, draw_equilibrium, draw_training
+from idl.training import EpochRecord, History, draw_equilibrium, draw_forecast, draw_tradeoff, draw_training
 
 RECORDS = [EpochRecord(1.0 / epoch, 1 - 0.5 / epoch, 1.2 / epoch, 0.9 - 0.4 / epoch) for epoch in range(1, 9)]
 
@@ -51,3 +51,34 @@ def test_where_numbers_are_learned_only_the_loss_is_drawn(tmp_path):
     draw_training({"implicit": records}, tmp_path / "training.png")
     content = (tmp_path / "training.png").read_bytes()
     assert int.from_bytes(content[16:20], "big") == 750
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("histories", [History(tuple(RECORDS), 1.0), {"implicit": History(tuple(RECORDS), 1.0)}])
+def test_a_whole_history_is_refused_where_records_are_wanted(tmp_path, histories):
+    with pytest.raises(TypeError, match=r"`histories` must .*; got a History"):
+        draw_training(histories, tmp_path / "training.png")
+
+
+def test_a_model_without_an_epoch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one epoch of each model; got none of 'implicit'"):
+        draw_training({"implicit": []}, tmp_path / "training.png")
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_forecast_of_another_length_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`forecasts` must be shaped like `truth`, \(9,\); got \(8,\) of 'rnn'"):
+        draw_forecast(torch.zeros(9), {"rnn": torch.zeros(8)}, tmp_path / "forecast.png")
+
+
+def test_twelve_curves_are_drawn_and_other_numbers_refused(tmp_path):
+    def draw(methods, points=((10.0, 85.0),)):
+        draw_tradeoff({f"method {i}": points for i in range(methods)}, 89.0, f"{tmp_path}/tradeoff.png")
+
+    draw(12)
+    assert_is_a_png_of_1350_pixels(tmp_path / "tradeoff.png")
+    for methods in (0, 13):
+        with pytest.raises(ValueError, match=f"`curves` must have 1 to 12 methods; got {methods}"):
+            draw(methods)
+    with pytest.raises(ValueError, match="at least one point of each method; got none of method 0"):
+        draw(1, points=())

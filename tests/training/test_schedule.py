@@ -28,7 +28,16 @@ def test_a_step_outside_of_the_schedule_is_refused():
         OneCycle(10, 5e-3).learning_rate(10)
 
 
-@pytest.mark.parametrize(("total_steps", "max_learning_rate"), [(0, 1e-3), (10, 0.0), (10, float("nan"))])
+@pytest.mark.parametrize(
+    ("total_steps", "max_learning_rate"), [(0, 1e-3), (10, 0.0), (10, float("nan")), (10, float("inf"))]
+)
 def test_a_schedule_out_of_range_is_refused(total_steps, max_learning_rate):
     with pytest.raises(ValueError, match="must be"):
+        OneCycle(total_steps, max_learning_rate)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(("total_steps", "max_learning_rate"), [(2.5, 1e-3), (True, 1e-3), (10, True), (10, "1e-3")])
+def test_a_schedule_of_another_type_is_refused(total_steps, max_learning_rate):
+    with pytest.raises(TypeError, match=r"`(total_steps|max_learning_rate)` must be"):
         OneCycle(total_steps, max_learning_rate)

@@ -1,7 +1,11 @@
 import itertools
+import json
 import math
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -123,10 +127,12 @@ def test_another_setting_is_refused_by_name_and_changes_nothing(tmp_path):
 
 
 def test_a_recipe_or_data_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="`epochs` must be at least 1"):
+    with pytest.raises(ValueError, match="`epochs` must be an integer >= 1"):
         replace(RECIPE, epochs=0)
-    with pytest.raises(ValueError, match="needs samples"):
+    with pytest.raises(ValueError, match="`train` needs samples"):
         fit_supervised(model(), data(0), data(), RECIPE)
+    with pytest.raises(ValueError, match="`data` needs samples"):
+        evaluate(model(), data(0))
 
 
 # --- numbers instead of classes -------------------------------------------------------------------------------------
@@ -190,3 +196,160 @@ def test_several_classes_of_a_sample_are_counted_one_by_one():
     assert loss == pytest.approx(-(5 * 2 / 8) + math.log(2 + math.exp(2)))
     history = fit_supervised(Constant(), data, data, Recipe(1, 2, 1e-3, 0))
     assert history.epochs[-1].train_accuracy == 5 / 8
+
+
+# --- what is refused before any work --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("epochs", 2.5, TypeError),
+        ("epochs", math.nan, TypeError),
+        ("batch_size", True, TypeError),
+        ("max_learning_rate", math.inf, ValueError),
+        ("max_learning_rate", "1e-3", TypeError),
+        ("seed", -1, ValueError),
+    ],
+)
+def test_a_field_of_a_recipe_that_is_no_such_number_is_refused(field, value, error):
+    with pytest.raises(error, match=f"`{field}` must be"):
+        replace(RECIPE, **{field: value})
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_numbers_of_numpy_become_those_of_json():
+    recipe = Recipe(np.int64(3), np.int32(16), np.float32(0.5), np.int64(0))
+    assert json.loads(json.dumps(asdict(recipe))) == {
+        "epochs": 3,
+        "batch_size": 16,
+        "max_learning_rate": 0.5,
+        "seed": 0,
+    }
+
+
+X, Y = data()
+BAD = [
+    ({"train": Labelled(X, Y[:20])}, ValueError, "`train` must have a label for each input; got 50 inputs, 20 labels"),
+    ({"test": Labelled(X[:20], Y)}, ValueError, "`test` must have a label for each input; got 20 inputs, 50 labels"),
+    ({"train": (X, Y)}, TypeError, "`train` must be Labelled(inputs, labels); got a tuple"),
+    (
+        {"test": torch.utils.data.TensorDataset(X, Y)},
+        TypeError,
+        "`test` must be Labelled(inputs, labels); got a Tensor",
+    ),
+    ({"train": Labelled(X.numpy(), Y)}, TypeError, "`train.inputs` must be a torch.Tensor; got a ndarray"),
+    ({"train": Labelled(X, Y.tolist())}, TypeError, "`train.labels` must be a torch.Tensor; got a list"),
+    ({"train": Labelled(X, Y[0])}, ValueError, "`train.labels` must have one row per sample"),
+    ({"train": Labelled(X, Y - 1)}, ValueError, "`train.labels` must be classes from 0; got -1"),
+    ({"test": Labelled(X[:, :5], Y)}, ValueError, "`test.inputs` must be of the same shape as `train.inputs`"),
+    ({"test": Labelled(X[:, None], Y)}, ValueError, "`test.inputs` must be of the same shape as `train.inputs`"),
+    ({"test": Labelled(X, Y[:, None])}, ValueError, "`test.labels` must be of the same shape as `train.labels`"),
+    (
+        {"test": Labelled(X, Y.float())},
+        TypeError,
+        "`test.labels` must be integers, as `train.labels` is; got torch.float",
+    ),
+    ({"test": Labelled(X.double(), Y)}, TypeError, "`test.inputs` must be torch.float32"),
+    ({"recipe": asdict(RECIPE)}, TypeError, "`recipe` must be an instance of Recipe"),
+    ({"should_stop": False}, TypeError, "`should_stop` must be a function; got False"),
+    ({"on_progress": 1}, TypeError, "`on_progress` must be a function; got 1"),
+    ({"model": nn.Flatten()}, ValueError, "`model` must have a parameter that can be trained; of 0 none can"),
+    ({"model": nn.Linear(6, 2).requires_grad_(False)}, ValueError, "of 2 none can. Try model.requires_grad_()"),
+    ({"model": torch.relu}, TypeError, "`model` must be a torch.nn.Module"),
+    ({"settings": ["seed"]}, TypeError, "`settings` must be a mapping"),
+    ({"settings": {"data": Path("x")}}, TypeError, "`settings` must be JSON values; got 'data'"),
+    ({"settings": {"tol": math.inf}}, ValueError, "`settings` must be JSON values; got 'tol': inf"),
+    (
+        {"checkpoint": "no/such/folder/ck"},
+        FileNotFoundError,
+        "`checkpoint` must lie in a folder that exists; got no/such",
+    ),
+]
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[f"{next(iter(a))}-{m}" for a, _, m in BAD])
+def test_an_argument_that_does_not_fit_is_refused_before_any_work(arguments, error, message):
+    def forward(module, inputs):
+        raise AssertionError("work")
+
+    network = nn.Linear(6, 2)
+    network.register_forward_pre_hook(forward)
+    with pytest.raises(error, match=re.escape(message)):
+        fit_supervised(**{"model": network, "train": data(), "test": data(), "recipe": RECIPE, **arguments})
+
+
+def test_sequences_of_another_length_may_be_tested_on():
+    class Last(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs[:, -1])
+
+    train, test = (Labelled(torch.zeros(4, length, 3), torch.zeros(4, 1)) for length in (5, 9))
+    assert len(fit_supervised(Last(3, 1), train, test, RECIPE).epochs) == 3
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_classes_may_be_integers_of_any_kind(dtype):
+    def run(dtype):
+        torch.manual_seed(0)
+        train, test = (Labelled(X, Y.to(dtype)) for X, Y in (data(), data(30, seed=1)))
+        return fit_supervised(ExplicitMLP(6, 8, 2), train, test, RECIPE).epochs
+
+    assert run(dtype) == run(torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (Y[:, None], r"`labels` must have shape \(16,\) because .* have \(16, 2\); got \(16, 1\)"),
+        (nn.functional.one_hot(Y), r"`labels` must have shape \(16,\) .* labels.argmax\(1\) for one-hot"),
+        (Y + 1, r"`labels` must be in 0\.\.1 because `model` returns 2 scores; got 2"),
+        (Y.float(), r"`model` must return numbers of shape \(16,\); got \(16, 2\).*labels.long\(\)"),
+    ],
+    ids=["column", "one-hot", "too large", "float"],
+)
+def test_labels_that_do_not_fit_the_scores_are_refused_before_the_first_step(labels, message):
+    network = nn.Linear(6, 2)
+    before = network.weight.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        fit_supervised(network, Labelled(X, labels), Labelled(X, labels), RECIPE)
+    assert torch.equal(network.weight, before)
+
+
+def test_a_class_that_only_the_test_data_have_too_many_of_is_refused_before_the_first_step():
+    network = nn.Linear(6, 2)
+    before = network.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"`labels` must be in 0\.\.1"):
+        fit_supervised(network, data(), Labelled(X, Y + 1), RECIPE)
+    assert torch.equal(network.weight, before)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_outputs_that_are_no_scores_are_refused():
+    class Two(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs), None
+
+    with pytest.raises(TypeError, match=r"`model\(inputs\)` must be an instance of Tensor"):
+        evaluate(Two(6, 2), data())
+    with pytest.raises(TypeError, match="`model` must be an instance of Module"):
+        evaluate(torch.relu, data())
+    with pytest.raises(ValueError, match=r"`model` must return scores of shape \(samples, classes, ...\); got \(50,\)"):
+        evaluate(nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)), data())
+
+
+@pytest.mark.parametrize("labels", [Y, Y + 1], ids=["evaluated", "refused"])
+def test_evaluation_leaves_each_module_in_its_mode(labels):
+    network = model()
+    network[2].eval()
+    modes = [module.training for module in network.modules()]
+    try:
+        evaluate(network, Labelled(X, labels))
+    except ValueError:
+        assert labels.max() == 2
+    assert [module.training for module in network.modules()] == modes

@@ -11,10 +11,11 @@ from idl.training.diagnostics import EquilibriumReport, picard_residuals, report
 from idl.training.experiment import Run, exit_with_advice, finished_run, usable_device
 from idl.training.figures import draw_equilibrium, draw_forecast, draw_sparsity, draw_tradeoff, draw_training
 from idl.training.interruption import stop_on_interrupt
+from idl.training.labelled import Labelled
 from idl.training.progress import progress_line
 from idl.training.runs import RunFolder, save_weights, settings_that_differ
 from idl.training.schedule import OneCycle
-from idl.training.supervised import EpochRecord, History, Labelled, Progress, Recipe, evaluate, fit_supervised
+from idl.training.supervised import EpochRecord, History, Progress, Recipe, evaluate, fit_supervised
 from idl.training.tables import spread
 
 __all__ = [

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from idl import checks
+
 
 class ExplicitMLP(nn.Module):
     r"""Compute :math:`y = C\,\mathrm{relu}(A\,\mathrm{relu}(Bu)) + Du`: two layers and a skip connection.
@@ -22,7 +24,7 @@ class ExplicitMLP(nn.Module):
         rank: Rank of ``A``, in 1..hidden_dim; a full matrix if ``None``.
 
     Raises:
-        ValueError: If a dimension is below 1 or the rank is out of range.
+        TypeError, ValueError: If a dimension or the rank is no integer or out of range.
 
     Example:
         >>> ExplicitMLP(64, 100, 10)(torch.rand(32, 64)).shape
@@ -32,9 +34,8 @@ class ExplicitMLP(nn.Module):
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, rank: int | None = None) -> None:
         super().__init__()
         for name, size in (("input_dim", input_dim), ("hidden_dim", hidden_dim), ("output_dim", output_dim)):
-            if size < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {size}.")
-        if rank is not None and not 1 <= rank <= hidden_dim:
+            checks.positive_integer(name, size)
+        if rank is not None and checks.positive_integer("rank", rank) > hidden_dim:
             raise ValueError(f"`rank` must be in 1..{hidden_dim}, the hidden_dim, or None for a full A; got {rank}.")
         if rank is None:
             self.A = _uniform(hidden_dim, hidden_dim)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from idl.atomic import write_bytes
-from idl.training.runs import settings_that_differ
+from idl.training.runs import check_json, settings_that_differ
 
 _FORMAT = "idl checkpoint 1"
 
@@ -34,12 +34,12 @@ class CheckpointError(ValueError):
         ...         )
         ...     except CheckpointError as error:
         ...         print(str(error).splitlines()[-1].strip())
-        Delete it to start the run again.
+        Name another file; if a run of idl wrote this one, delete it to start that run again.
     """
 
 
 def save_checkpoint(
-    path: Path,
+    path: str | Path,
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -56,6 +56,7 @@ def save_checkpoint(
         position: Where the run is and what it counted so far, as JSON values. Floats come back exactly.
 
     Raises:
+        TypeError, ValueError: If JSON has no form for a value, or ``optimizer`` has parameters that ``model`` has not.
         OSError: If the file cannot be written.
 
     Example:
@@ -68,6 +69,9 @@ def save_checkpoint(
         ...     load_checkpoint(file, model=layer, optimizer=optimizer, settings={"seed": 0})
         {'step': 7}
     """
+    check_json("settings", settings)
+    check_json("position", position, allow_nan=True)
+    _parameter_names(model, optimizer, ValueError)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     numbers: dict[str, object] = {}
     for name, state in _optimizer_state(model, optimizer).items():
@@ -92,7 +96,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, object]
+    path: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, object]
 ) -> dict[str, object]:
     """Put model, optimizer and random state back as they were when the checkpoint was written.
 
@@ -109,12 +113,13 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged or no checkpoint, if a setting differs (each is named), or if
-            its tensors do not fit ``model``.
+        CheckpointError: If the file is damaged or no checkpoint, if a setting differs (each is named), if its
+            tensors do not fit ``model``, or if ``optimizer`` is over other parameters.
 
     Example:
         See :func:`save_checkpoint`.
     """
+    path = Path(path)
     tensors, metadata = _read(path)
     position = json.loads(metadata["position"])
     described = json.loads(metadata["optimizer"])
@@ -148,18 +153,24 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a checkpoint."""
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder and no checkpoint.\n    Name a file.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not views of the file
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"The checkpoint {path} is damaged or no checkpoint ({error}).\n    Delete it to start the run again."
+            f"{path} is damaged or no checkpoint of idl ({error}).\n"
+            "    Name another file; if a run of idl wrote this one, delete it to start that run again."
         ) from error
-    if metadata.get("format") != _FORMAT:
+    written = metadata.get("format", "")
+    if written != _FORMAT:
+        ours = written.startswith(_FORMAT.rstrip("0123456789"))
         raise CheckpointError(
             f"{path} is a safetensors file but no checkpoint of this version of idl: its format must be "
-            f"{_FORMAT!r}, got {metadata.get('format')!r}.\n    Delete it to start the run again."
+            f"{_FORMAT!r}, got {written!r}.\n    "
+            + ("Delete it to start the run again." if ours else "Name another file.")
         )
     return tensors, metadata
 
@@ -190,8 +201,7 @@ def _optimizer_state_dict(
     groups: list[dict[str, object]],
 ) -> dict[str, object]:
     """Return what ``optimizer.load_state_dict`` wants: state by position, groups with their parameters."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    order = _parameter_names(model, optimizer, CheckpointError)
     own = optimizer.state_dict()["param_groups"]
     if len(own) != len(groups) or not state.keys() <= set(order):
         raise CheckpointError(
@@ -205,6 +215,18 @@ def _optimizer_state_dict(
         "state": {index: state[name] for index, name in enumerate(order) if name in state},
         "param_groups": [{**mine, **saved} for mine, saved in zip(own, hyperparameters, strict=True)],
     }
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer, error: type[ValueError]) -> list[str]:
+    """Return the names that the optimizer's parameters have in ``model``; raise ``error`` if one has none."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if foreign := sum(parameter not in names for parameter in parameters):
+        raise error(
+            f"`optimizer` must be over parameters of `model`; {foreign} of its {len(parameters)} are not. "
+            "Build it with model.parameters() of this very model."
+        )
+    return [names[parameter] for parameter in parameters]
 
 
 def _last_number(name: str) -> int:

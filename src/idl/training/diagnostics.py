@@ -6,14 +6,14 @@ Only public outputs of a model are measured here; nothing is drawn.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from idl.nn.implicit_model import ImplicitModel
+from idl import checks
+from idl.nn.implicit_model import ImplicitModel
 
 
 class EquilibriumReport(NamedTuple):
@@ -51,15 +51,18 @@ def report_equilibrium(model: ImplicitModel, inputs: Float[Tensor, "batch p"]) -
         The report.
 
     Raises:
-        TypeError, ValueError: If the inputs do not fit the model.
+        TypeError, ValueError: If ``model`` is no implicit model, or the inputs do not fit it or are none.
 
     Example:
         >>> from idl import ImplicitModel
         >>> report_equilibrium(ImplicitModel(10, 4, 2), torch.rand(5, 4)).converged
         1.0
     """
+    checks.instance("model", model, ImplicitModel, "Other models have no single equilibrium to report.")
     with torch.no_grad():
         _, solution = model(inputs, return_solution=True)
+        if solution.steps.numel() == 0:
+            raise ValueError(f"`inputs` must have at least one input; got shape {tuple(inputs.shape)}.")
         norm = model.state_matrix().abs().sum(1).max().item()
     return EquilibriumReport(
         steps_median=solution.steps.double().median().item(),
@@ -84,10 +87,17 @@ def picard_residuals(
     Returns:
         One row per step, the first for ``x0``.
 
+    Raises:
+        TypeError, ValueError: If ``x0``, ``tol`` or ``max_steps`` is out of range.
+
     Example:
         >>> picard_residuals(lambda x: x / 2, torch.ones(1, 1), tol=0.2, max_steps=10)[:, 0]
         tensor([0.5000, 0.2500, 0.1250])
     """
+    checks.positive_integer("max_steps", max_steps)
+    checks.non_negative("tol", tol)
+    if checks.floating_tensor("x0", x0).dim() != 2 or x0.numel() == 0:
+        raise ValueError(f"`x0` must have shape (batch, n) with at least one sample; got {tuple(x0.shape)}.")
     residuals = []
     x = x0
     with torch.no_grad():

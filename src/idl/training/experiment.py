@@ -16,9 +16,10 @@ from torch import nn
 from idl.data import DatasetError
 from idl.training.figures import draw_training
 from idl.training.interruption import stop_on_interrupt
+from idl.training.labelled import Labelled
 from idl.training.progress import progress_line
-from idl.training.runs import RunFolder, save_weights
-from idl.training.supervised import History, Labelled, Recipe, fit_supervised
+from idl.training.runs import RunFolder, check_json, save_weights
+from idl.training.supervised import History, Recipe, fit_supervised
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -74,7 +75,7 @@ class Run:
 
 def finished_run(
     settings: DataclassInstance,
-    out: Path,
+    out: str | Path,
     console: Console,
     work: Callable[[Run], Mapping[str, Any]],
     *,
@@ -93,6 +94,7 @@ def finished_run(
     Raises:
         FileExistsError: If ``out`` is a file or holds files that no run wrote.
         ValueError: If the folder holds a run with other settings.
+        TypeError, ValueError: If JSON has no form for a setting or a result, or ``work`` returns no mapping.
 
     Example:
         >>> import tempfile
@@ -111,6 +113,7 @@ def finished_run(
         {'test_loss': 0.5}
     """
     values = asdict(settings)
+    check_json("settings", values)
     folder = RunFolder.open(out)
     checkpoint = folder.path / "checkpoint.safetensors"
     if fresh:
@@ -119,7 +122,10 @@ def finished_run(
         console.print(f"Finished already (--fresh starts again): {out}", soft_wrap=True)
         return metrics
     folder.start(values)
-    metrics = dict(work(Run(folder.path, values, console)))
+    results: object = work(Run(folder.path, values, console))
+    if not isinstance(results, Mapping):
+        raise TypeError(f"`work` must return the metrics, a mapping from names to JSON values; got {results!r}.")
+    metrics = dict(results)
     folder.finish(metrics)
     checkpoint.unlink(missing_ok=True)
     return metrics
@@ -138,7 +144,7 @@ def exit_with_advice() -> Iterator[None]:
         >>> import typer
         >>> try:
         ...     with exit_with_advice():
-        ...         raise ValueError("`epochs` must be at least 1; got 0.")
+        ...         raise ValueError("`epochs` must be an integer >= 1; got 0.")
         ... except typer.Exit as end:
         ...     end.exit_code
         1

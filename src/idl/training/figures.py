@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from idl.atomic import write_bytes
-from idl.training.supervised import EpochRecord
+from idl.training.supervised import EpochRecord, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 # Blue, vermilion, green, purple of Okabe and Ito, told apart with any colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+_LINES = (("-", "o"), ("--", "s"), (":", "^"))
+"""Lines and markers of the first curves, one for each colour, of the next ones, and so on."""
 
 
-def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: Path) -> None:
+def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: str | Path) -> None:
     """Draw loss and accuracy over the epochs, one colour per model, to a PNG; only the loss where numbers are learned.
 
     Args:
@@ -33,7 +35,8 @@ def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: Path) ->
         path: File to write; its folder must exist.
 
     Raises:
-        ValueError: If there are no or too many models.
+        TypeError: If something else than records is given, such as a whole :class:`History`.
+        ValueError: If there are no or too many models, or one has no epoch.
 
     Example:
         >>> import tempfile
@@ -41,8 +44,9 @@ def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: Path) ->
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     draw_training({"implicit": records}, Path(folder) / "training.png")
     """
-    if not 1 <= len(histories) <= len(_COLOURS):
-        raise ValueError(f"`histories` must have 1 to {len(_COLOURS)} models; got {len(histories)}.")
+    _check_number("histories", histories, "models", len(_COLOURS))
+    for name, records in histories.items():
+        _check_records(name, records)
     classes = all(record.test_accuracy is not None for records in histories.values() for record in records)
     figure = _figure(9.0 if classes else 5.0, 3.8)
     parts = figure.subplots(1, 2 if classes else 1, squeeze=False)[0]
@@ -67,7 +71,7 @@ def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: Path) ->
 
 
 def draw_equilibrium(
-    residuals: Float[Tensor, "steps batch"], A: Float[Tensor, "n n"], path: Path, *, rate: float
+    residuals: Float[Tensor, "steps batch"], A: Float[Tensor, "n n"], path: str | Path, *, rate: float
 ) -> None:
     r"""Draw how plain iteration reaches the equilibria of a batch, and the state matrix, to a PNG.
 
@@ -125,7 +129,7 @@ def draw_sparsity(
     B: Float[Tensor, "n p"],
     C: Float[Tensor, "q n"],
     D: Float[Tensor, "q p"],
-    path: Path,
+    path: str | Path,
     *,
     title: str,
 ) -> None:
@@ -163,7 +167,9 @@ def draw_sparsity(
     _save(figure, path)
 
 
-def draw_forecast(truth: Float[Tensor, " times"], forecasts: Mapping[str, Float[Tensor, " times"]], path: Path) -> None:
+def draw_forecast(
+    truth: Float[Tensor, " times"], forecasts: Mapping[str, Float[Tensor, " times"]], path: str | Path
+) -> None:
     """Draw a series and what models expected of each of its values, all of it and its last hundred, to a PNG.
 
     Args:
@@ -172,7 +178,7 @@ def draw_forecast(truth: Float[Tensor, " times"], forecasts: Mapping[str, Float[
         path: File to write; its folder must exist.
 
     Raises:
-        ValueError: If there are no or too many models.
+        TypeError, ValueError: If there are no or too many models, or a forecast has another length than ``truth``.
 
     Example:
         >>> import tempfile
@@ -180,8 +186,12 @@ def draw_forecast(truth: Float[Tensor, " times"], forecasts: Mapping[str, Float[
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     draw_forecast(truth, {"the last value": truth.roll(1)}, Path(folder) / "forecast.png")
     """
-    if not 1 <= len(forecasts) <= len(_COLOURS):
-        raise ValueError(f"`forecasts` must have 1 to {len(_COLOURS)} models; got {len(forecasts)}.")
+    _check_number("forecasts", forecasts, "models", len(_COLOURS))
+    for name, values in forecasts.items():
+        if values.shape != truth.shape:
+            raise ValueError(
+                f"`forecasts` must be shaped like `truth`, {tuple(truth.shape)}; got {tuple(values.shape)} of {name!r}."
+            )
     figure = _figure(9.0, 4.5)
     for axes, first in zip(figure.subplots(2, 1), (0, max(len(truth) - 100, 0)), strict=True):
         times = range(first, len(truth))
@@ -195,26 +205,30 @@ def draw_forecast(truth: Float[Tensor, " times"], forecasts: Mapping[str, Float[
     _save(figure, path)
 
 
-def draw_tradeoff(curves: Mapping[str, Sequence[tuple[float, float]]], reference: float, path: Path) -> None:
+def draw_tradeoff(curves: Mapping[str, Sequence[tuple[float, float]]], reference: float, path: str | Path) -> None:
     """Draw accuracy against the part of the weights kept, one line a method, to a PNG.
 
     Args:
-        curves: Points of each method: weights kept in percent, from few to many, and accuracy in percent.
+        curves: Points of each method, 1 to 12 methods with at least one point each: weights kept in percent, from few
+            to many, and accuracy in percent.
         reference: Accuracy of the network that all of them start from, in percent.
         path: File to write; its folder must exist.
 
     Raises:
-        OSError: If the file cannot be written.
+        TypeError, ValueError: If there are no or too many methods, or one has no point.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     draw_tradeoff({"SIM": [(10.0, 85.0), (20.0, 88.0)]}, 89.0, Path(folder) / "tradeoff.png")
     """
+    _check_number("curves", curves, "methods", len(_LINES) * len(_COLOURS))
+    if empty := [name for name, points in curves.items() if len(points) == 0]:
+        raise ValueError(f"`curves` must have at least one point of each method; got none of {', '.join(empty)}.")
     figure = _figure(9.0, 4.5)
     axes = figure.subplots()
     for i, (name, points) in enumerate(curves.items()):
-        line, marker = ("-", "--", ":")[i // len(_COLOURS)], "os^"[i // len(_COLOURS)]
+        line, marker = _LINES[i // len(_COLOURS)]
         kept, accuracies = zip(*points, strict=True)
         colour = _COLOURS[i % len(_COLOURS)]
         axes.plot(kept, accuracies, color=colour, linestyle=line, marker=marker, markersize=4, label=name)
@@ -227,6 +241,25 @@ def draw_tradeoff(curves: Mapping[str, Sequence[tuple[float, float]]], reference
     figure.legend(loc="outside right center", frameon=False)
     _tidy(axes)
     _save(figure, path)
+
+
+def _check_number(name: str, parts: object, what: str, most: int) -> None:
+    """Raise unless ``parts`` is a mapping of 1 to ``most`` entries."""
+    if not isinstance(parts, Mapping):
+        raise TypeError(f"`{name}` must be a mapping with the names of {what}; got a {type(parts).__name__}.")
+    if not 1 <= len(parts) <= most:
+        raise ValueError(f"`{name}` must have 1 to {most} {what}; got {len(parts)}.")
+
+
+def _check_records(name: str, records: object) -> None:
+    """Raise unless ``records`` are those of at least one epoch."""
+    if not isinstance(records, Sequence) or not all(isinstance(record, EpochRecord) for record in records):
+        advice = " Try its .epochs." if isinstance(records, History) else ""
+        raise TypeError(
+            f"`histories` must have a list of EpochRecord for {name!r}; got a {type(records).__name__}.{advice}"
+        )
+    if not records:
+        raise ValueError(f"`histories` must have at least one epoch of each model; got none of {name!r}.")
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -243,7 +276,7 @@ def _tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: str | Path) -> None:
     """Render, which needs no display outside of pyplot, and write the file whole or not at all."""
     content = io.BytesIO()
     figure.savefig(content, format="png")

@@ -42,7 +42,7 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: str | Path) -> RunFolder:
         """Return the run folder at ``path``, made with its parents if it does not exist.
 
         Args:
@@ -52,6 +52,7 @@ class RunFolder:
             FileExistsError: If there is a file, or a folder with other files, which a run would mix with its
                 own.
         """
+        path = Path(path)
         advice = "Name a new folder, or the folder of an earlier run."
         if path.exists() and not path.is_dir():
             raise FileExistsError(f"The run folder {path} is a file. {advice}")
@@ -86,7 +87,11 @@ class RunFolder:
 
         Args:
             settings: Everything that decides the numbers of the run, as JSON values.
+
+        Raises:
+            TypeError, ValueError: If JSON has no form for a setting, which is named.
         """
+        check_json("settings", settings)
         (self.path / "metrics.json").unlink(missing_ok=True)
         write_json(self.path / "settings.json", {_MARK: "idl", **settings})
 
@@ -94,8 +99,12 @@ class RunFolder:
         """Write the results; the run counts as finished from then on.
 
         Args:
-            metrics: The results, as JSON values.
+            metrics: The results, as JSON values; a number may be infinite or NaN.
+
+        Raises:
+            TypeError, ValueError: If JSON has no form for a result, which is named.
         """
+        check_json("metrics", metrics, allow_nan=True)
         write_json(self.path / "metrics.json", metrics)
 
     def settings(self) -> dict[str, object] | None:
@@ -110,7 +119,7 @@ class RunFolder:
         return _read_json(self.path / "metrics.json")
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
+def save_weights(path: str | Path, model: nn.Module) -> None:
     """Write the parameters and buffers of ``model`` to a safetensors file, whole or not at all.
 
     Args:
@@ -155,6 +164,19 @@ def settings_that_differ(saved: Mapping[str, object], wanted: Mapping[str, objec
         for name in names
         if name not in saved or name not in wanted or saved[name] != wanted[name]
     ]
+
+
+def check_json(name: str, values: object, *, allow_nan: bool = False) -> None:
+    """Check that ``values`` is a mapping that JSON has a form for, and name the key that it has none for."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"`{name}` must be a mapping from names to JSON values; got {values!r}.")
+    for key, value in values.items():
+        try:
+            json.dumps({key: value}, allow_nan=allow_nan)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"`{name}` must be JSON values; got {key!r}: {value!r} ({error}). Try numbers, strings and lists."
+            ) from error
 
 
 def _value(settings: Mapping[str, object], name: str) -> str:

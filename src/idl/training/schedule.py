@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from idl import checks
+
 
 @dataclass(frozen=True)
 class OneCycle:
@@ -19,7 +21,7 @@ class OneCycle:
         max_learning_rate: The peak, positive.
 
     Raises:
-        ValueError: If ``total_steps`` or ``max_learning_rate`` is out of range.
+        TypeError, ValueError: If ``total_steps`` or ``max_learning_rate`` is out of range.
 
     Example:
         >>> OneCycle(total_steps=100, max_learning_rate=1.0).learning_rate(29)
@@ -30,10 +32,8 @@ class OneCycle:
     max_learning_rate: float
 
     def __post_init__(self) -> None:
-        if self.total_steps < 1:
-            raise ValueError(f"`total_steps` must be at least 1; got {self.total_steps}.")
-        if not self.max_learning_rate > 0:
-            raise ValueError(f"`max_learning_rate` must be positive; got {self.max_learning_rate}.")
+        checks.positive_integer("total_steps", self.total_steps)
+        checks.positive("max_learning_rate", self.max_learning_rate)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of optimizer step ``step``, counted from 0."""

@@ -18,30 +18,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from idl import checks
 from idl.training.checkpoint import load_checkpoint, save_checkpoint
+from idl.training.labelled import Labelled, check_alike, check_scores, checked, number_of_classes
+from idl.training.runs import check_json
 from idl.training.schedule import OneCycle
 
 # An interruption writes a checkpoint anyway; this bounds what a killed process loses.
 _SECONDS_BETWEEN_CHECKPOINTS = 10.0
 _SECONDS_BETWEEN_REPORTS = 0.1
 _EVALUATION_BATCH = 1000
-
-
-class Labelled(NamedTuple):
-    """Inputs, one per row, and what is to be predicted of each: a class, several of them, or numbers.
-
-    Attributes:
-        inputs: Inputs, ``(samples, ...)``.
-        labels: Classes, ``(samples, ...)`` integers, or numbers, ``(samples, q)``.
-
-    Example:
-        >>> data = Labelled(inputs=torch.rand(5, 3), labels=torch.tensor([0, 1, 1, 0, 1]))
-        >>> len(data.labels)
-        5
-    """
-
-    inputs: Float[Tensor, "samples ..."] | Int[Tensor, "samples ..."]
-    labels: Int[Tensor, "samples ..."] | Float[Tensor, "samples q"]
 
 
 class EpochRecord(NamedTuple):
@@ -139,7 +125,7 @@ class Recipe:
         seed: Decides the order of the samples together with the epoch, at least 0.
 
     Raises:
-        ValueError: If a field is out of range.
+        TypeError, ValueError: If a field is out of range.
 
     Example:
         >>> Recipe(epochs=2, batch_size=32, max_learning_rate=1e-3, seed=0).epochs
@@ -152,15 +138,14 @@ class Recipe:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("epochs", self.epochs, 1),
-            ("batch_size", self.batch_size, 1),
-            ("seed", self.seed, 0),
+        for name, check in (
+            ("epochs", checks.positive_integer),
+            ("batch_size", checks.positive_integer),
+            ("max_learning_rate", checks.positive),
+            ("seed", checks.non_negative_integer),
         ):
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}; got {value}.")
-        if not self.max_learning_rate > 0:
-            raise ValueError(f"`max_learning_rate` must be positive; got {self.max_learning_rate}.")
+            # Numbers of numpy become Python's own, which JSON has a form for.
+            object.__setattr__(self, name, check(name, getattr(self, name)))
 
 
 def fit_supervised(
@@ -169,7 +154,7 @@ def fit_supervised(
     test: Labelled,
     recipe: Recipe,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     settings: dict[str, object] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -183,10 +168,10 @@ def fit_supervised(
         model: Maps a batch of inputs to one score per class, ``(samples, classes, ...)``, or to the numbers; already on
             the device to train on.
         train: Training data, moved to the device of ``model`` once.
-        test: Data that each epoch ends with an evaluation on.
+        test: Data that each epoch ends with an evaluation on; its sequences may have another length.
         recipe: How to train.
-        checkpoint: File to continue from and to save to, from time to time and at the end; ``None`` saves
-            nothing.
+        checkpoint: File to continue from and to save to, from time to time and at the end, in a folder that exists;
+            ``None`` saves nothing.
         settings: What else decides the numbers, such as model and data, as JSON values. A checkpoint with
             other settings or another recipe is refused.
         on_progress: Called a few times a second and at the end of each epoch.
@@ -196,7 +181,10 @@ def fit_supervised(
         The history of the whole run.
 
     Raises:
-        ValueError: If there is no sample to train on.
+        TypeError, ValueError: If an argument is no such thing, has no samples or nothing to train, or if data, labels
+            and the outputs of ``model`` do not fit each other. Only what takes the outputs is found after the first
+            forward pass, the rest before any work.
+        FileNotFoundError: If the folder of ``checkpoint`` does not exist.
         CheckpointError: If ``checkpoint`` exists and cannot be continued from.
         KeyboardInterrupt: If ``should_stop`` ended the run.
 
@@ -206,20 +194,30 @@ def fit_supervised(
         >>> len(fit_supervised(nn.Linear(3, 2), data, data, recipe).epochs)
         2
     """
-    if len(train.labels) == 0 or len(test.labels) == 0:
-        raise ValueError(f"Training needs samples; got {len(train.labels)} to train and {len(test.labels)} to test.")
-    device = next(model.parameters()).device
+    train, test = checked("train", train), checked("test", test)
+    check_alike(train, test)
+    checks.instance("recipe", recipe, Recipe, "Try Recipe(epochs=2, batch_size=32, max_learning_rate=1e-3, seed=0).")
+    _check_function("should_stop", should_stop)
+    if on_progress is not None:
+        _check_function("on_progress", on_progress)
+    settings = {} if settings is None else settings
+    check_json("settings", settings)
+    checkpoint = None if checkpoint is None else Path(checkpoint)
+    if checkpoint is not None and not checkpoint.parent.is_dir():
+        raise FileNotFoundError(f"`checkpoint` must lie in a folder that exists; got {checkpoint}. Make it first.")
+    device = _device_of(model)
+    classes = max(number_of_classes(train.labels), number_of_classes(test.labels))
     train, test = (Labelled(data.inputs.to(device), data.labels.to(device)) for data in (train, test))
     steps_per_epoch = -(-len(train.labels) // recipe.batch_size)
     total_steps = recipe.epochs * steps_per_epoch
     schedule = OneCycle(total_steps, recipe.max_learning_rate)
     optimizer = torch.optim.Adam(model.parameters(), lr=schedule.learning_rate(0))
-    all_settings = {**(settings or {}), **asdict(recipe)}
+    all_settings = {**settings, **asdict(recipe)}
 
     step, records, seconds = 0, list[EpochRecord](), 0.0
     loss_sum = torch.zeros((), device=device)
     correct = torch.zeros((), device=device, dtype=torch.int64)
-    classes, places = not train.labels.is_floating_point(), train.labels[0].numel()
+    places = train.labels[0].numel()
     if checkpoint is not None and checkpoint.exists():
         position = load_checkpoint(checkpoint, model=model, optimizer=optimizer, settings=all_settings)
         step, seconds = cast(int, position["step"]), cast(float, position["seconds"])
@@ -234,7 +232,7 @@ def fit_supervised(
     while step < total_steps:
         epoch, batch = divmod(step, steps_per_epoch)
         rows = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
-        loss, hits = _train_step(model, optimizer, schedule, step, train.inputs[rows], train.labels[rows])
+        loss, hits = _train_step(model, optimizer, schedule, step, train.inputs[rows], train.labels[rows], classes)
         loss_sum += loss * len(rows)
         correct += hits
         step += 1
@@ -271,39 +269,68 @@ def evaluate(model: nn.Module, data: Labelled) -> tuple[float, float | None]:
     """Return the mean loss and the accuracy of ``model`` on ``data``, without gradients.
 
     Args:
-        model: Evaluated in ``eval()`` mode and left in the mode it was in.
+        model: Evaluated in ``eval()`` mode and left, each of its modules, in the mode it was in.
         data: At least one sample, on the device of ``model``.
 
     Returns:
         Loss, and accuracy in [0, 1], which only classes have.
 
     Raises:
-        ValueError: If numbers of another shape than the labels come out of ``model``.
+        TypeError, ValueError: If ``data`` is no such thing or has no samples, or its labels do not fit the outputs of
+            ``model``.
 
     Example:
         >>> loss, accuracy = evaluate(nn.Identity(), Labelled(torch.eye(2), torch.tensor([0, 1])))
         >>> accuracy
         1.0
     """
-    was_training = model.training
-    model.eval()
+    checks.instance("model", model, nn.Module, "Functions go into a module's forward.")
+    data = checked("data", data)
+    classes = number_of_classes(data.labels)
     loss_sum, correct = 0.0, 0
-    with torch.no_grad():
-        for start in range(0, len(data.labels), _EVALUATION_BATCH):
-            labels = data.labels[start : start + _EVALUATION_BATCH]
-            scores = model(data.inputs[start : start + _EVALUATION_BATCH])
-            loss_sum += _loss(scores, labels).item() * len(labels)
-            correct += int(_hits(scores, labels))
-    model.train(was_training)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, len(data.labels), _EVALUATION_BATCH):
+                labels = data.labels[start : start + _EVALUATION_BATCH]
+                scores = model(data.inputs[start : start + _EVALUATION_BATCH])
+                loss_sum += _loss(scores, labels, classes).item() * len(labels)
+                correct += int(_hits(scores, labels))
+    finally:
+        for module, training in modes.items():
+            module.training = training
     accuracy = None if data.labels.is_floating_point() else correct / data.labels.numel()
     return loss_sum / len(data.labels), accuracy
 
 
-def _loss(outputs: Tensor, labels: Tensor) -> Float[Tensor, ""]:
+def _check_function(name: str, function: object) -> None:
+    if not callable(function):
+        raise TypeError(f"`{name}` must be a function; got {function!r}.")
+
+
+def _device_of(model: object) -> torch.device:
+    """Return the device of the parameters of ``model``, of which at least one can be trained."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module; got {model!r}.")
+    parameters = list(model.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        advice = "Try model.requires_grad_()." if parameters else "evaluate() needs none."
+        raise ValueError(f"`model` must have a parameter that can be trained; of {len(parameters)} none can. {advice}")
+    return parameters[0].device
+
+
+def _loss(outputs: Tensor, labels: Tensor, classes: int) -> Float[Tensor, ""]:
+    """Return the mean loss of a batch out of data with so many ``classes``; what is checked here is on the host."""
+    checks.instance("model(inputs)", outputs, Tensor, "Wrap a model that returns more than its scores.")
     if not labels.is_floating_point():
+        check_scores(tuple(outputs.shape), tuple(labels.shape), classes)
         return nn.functional.cross_entropy(outputs, labels)
     if outputs.shape != labels.shape:  # which the mean square would broadcast
-        raise ValueError(f"`model` must return numbers of shape {tuple(labels.shape)}; got {tuple(outputs.shape)}.")
+        raise ValueError(
+            f"`model` must return numbers of shape {tuple(labels.shape)}; got {tuple(outputs.shape)}. "
+            "If the labels are classes, make them integers: labels.long()."
+        )
     return nn.functional.mse_loss(outputs, labels)
 
 
@@ -321,6 +348,7 @@ def _train_step(
     step: int,
     inputs: Tensor,
     labels: Tensor,
+    classes: int,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Take one optimizer step; return the batch's mean loss and its number of right answers."""
     for group in optimizer.param_groups:
@@ -328,7 +356,7 @@ def _train_step(
         group["betas"] = (schedule.momentum(step), group["betas"][1])
     optimizer.zero_grad()
     scores = model(inputs)
-    loss = _loss(scores, labels)
+    loss = _loss(scores, labels, classes)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return loss.detach(), _hits(scores.detach(), labels)

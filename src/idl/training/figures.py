@@ -30,6 +30,8 @@ _LINES = (("-", "o"), ("--", "s"), (":", "^"))
 def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: str | Path) -> None:
     """Draw loss and accuracy over the epochs, one colour per model, to a PNG; only the loss where numbers are learned.
 
+    The axis of a loss that falls to less than a tenth is logarithmic.
+
     Args:
         histories: The records of each model by its name, 1 to 4 models with at least one epoch each.
         path: File to write; its folder must exist.
@@ -47,6 +49,8 @@ def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: str | Pa
     _check_number("histories", histories, "models", len(_COLOURS))
     for name, records in histories.items():
         _check_records(name, records)
+    from matplotlib.ticker import LogLocator, NullLocator
+
     classes = all(record.test_accuracy is not None for records in histories.values() for record in records)
     figure = _figure(9.0 if classes else 5.0, 3.8)
     parts = figure.subplots(1, 2 if classes else 1, squeeze=False)[0]
@@ -60,10 +64,17 @@ def draw_training(histories: Mapping[str, Sequence[EpochRecord]], path: str | Pa
                 values = [scale * getattr(record, f"{part}_{field}") for record in records]
                 axes.plot(epochs, values, label=f"{name}, {which}", **style)
     unit = "cross entropy (nats)" if classes else "mean square error"
-    parts[0].set(xlabel="epoch", ylabel=unit, yscale="log", title="Loss")
+    parts[0].set(xlabel="epoch", ylabel=unit, title="Loss")
     if classes:
         parts[1].set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
-    parts[-1].legend(loc="lower right" if classes else "upper right", frameon=False)
+    models = parts[0].get_legend_handles_labels()  # a column for each, below: four curves leave no room inside
+    figure.legend(*models, loc="outside lower center", ncols=len(histories), frameon=False, fontsize="small")
+    losses = [loss for records in histories.values() for r in records for loss in (r.train_loss, r.test_loss)]
+    if max(losses) > 10 * min(losses) > 0:
+        parts[0].set_yscale("log")
+        parts[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        parts[0].yaxis.set_minor_locator(NullLocator())
+    parts[0].yaxis.set_major_formatter("{x:g}")
     for axes in parts:
         axes.xaxis.get_major_locator().set_params(integer=True)
         _tidy(axes)

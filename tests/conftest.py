@@ -1,6 +1,7 @@
 import importlib
 import warnings
 
+import jaxtyping
 import pytest
 import torch
 
@@ -14,3 +15,11 @@ with warnings.catch_warnings():
 def _one_thread():
     """Small matrices are fastest on one thread, and tests that share two cores do not disturb each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def as_users_run_it():
+    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

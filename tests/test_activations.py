@@ -171,13 +171,3 @@ def test_the_largest_slope_of_silu_is_the_root_of_its_second_derivative():
     s = 1 / (1 + math.exp(-z))
     exact = s * (1 + z * (1 - s))
     assert exact <= resolve("silu").lipschitz <= exact + 1e-6
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    import jaxtyping
-
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)

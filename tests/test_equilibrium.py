@@ -2,7 +2,6 @@ import inspect
 import math
 import re
 
-import jaxtyping
 import pytest
 import torch
 
@@ -22,14 +21,6 @@ from idl import (
     fixed_point,
 )
 from idl.linalg.operators import Dense, Factored, StrictlyUpper
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def drawn(*shape, seed, dtype=torch.float64):

@@ -1,7 +1,6 @@
 import copy
 import inspect
 
-import jaxtyping
 import pytest
 import torch
 
@@ -26,14 +25,6 @@ from idl import (
 from idl.linalg.operators import Dense, Factored, StrictlyUpper
 
 FUNCTIONS = [ImplicitFunction, ImplicitFunctionInf, ImplicitFunctionTriu]
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def drawn(*shape, seed):

@@ -1,4 +1,3 @@
-import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -147,14 +146,6 @@ def test_an_implicit_gpt_learns_a_sequence():
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.2 < losses[0]
     assert model.generate(torch.tensor([[3, 4, 5]]), 5, temperature=0.0)[0].tolist() == [3, 4, 5, 6, 7, 8, 9, 10]
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("as_users_run_it")

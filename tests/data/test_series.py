@@ -3,20 +3,11 @@
 import math
 import sys
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
 
 from idl.data import rolling_argmax, rolling_average, sliding_windows, spiky, sunspots
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def regions(series):

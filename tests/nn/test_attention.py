@@ -7,7 +7,6 @@ import math
 import pickle
 import warnings
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -37,14 +36,6 @@ CASES = {
 over = pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 VERSIONS = pytest.mark.parametrize("version", ["softmax", "lipschitz"])
 KINDS = pytest.mark.parametrize("heads", [None, 2], ids=["one head", "two heads"])
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def module(options, heads=None, dtype=torch.float64, seed=0, block_size=T, **more):

@@ -4,7 +4,6 @@ import copy
 import pickle
 import warnings
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -243,14 +242,6 @@ def test_a_cached_token_solves_only_for_itself(monkeypatch):
 
 
 # --- what does not fit ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("as_users_run_it")

@@ -4,7 +4,6 @@ import io
 import math
 import pickle
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -23,14 +22,6 @@ from idl import (
     Newton,
     Solution,
 )
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def small(seed=0, dtype=torch.float64, **options):

@@ -93,14 +93,6 @@ either_way = pytest.mark.parametrize("parallel_in_time", [False, True])
 over_few = pytest.mark.parametrize("options", FEW.values(), ids=FEW.keys())
 
 
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 def model_of(options, dtype=torch.float64, seed=0, **more):
     torch.manual_seed(seed)
     sizes = {"input_dim": P, "output_dim": Q, "hidden_dim": H, "implicit_hidden_dim": N}

@@ -96,7 +96,9 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
 def instance(name: str, value: _T, kind: type, advice: str) -> _T:
     """Return ``value`` if it is an instance of ``kind``."""
     if not isinstance(value, kind):
-        raise TypeError(f"`{name}` must be an instance of {kind.__name__}; got {value!r}. {advice}")
+        text = repr(value)
+        got = text if len(text) <= 80 else f"a {type(value).__name__}"  # not all numbers of a tensor
+        raise TypeError(f"`{name}` must be an instance of {kind.__name__}; got {got}. {advice}")
     return value
 
 

@@ -9,7 +9,6 @@ import importlib
 import itertools
 
 import cvxpy as cp
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -41,14 +40,6 @@ EXACT = 1e-9
 
 TRUSTED = 1e-6
 """Below this part of the energy debiasing does not tell gaps, and neither does `support_gap`."""
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def unexplained(rows, W):

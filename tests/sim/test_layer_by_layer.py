@@ -9,7 +9,6 @@ import functools
 import itertools
 
 import cvxpy as cp
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -34,14 +33,6 @@ SINGLE = 1e-5
 """The same of a model whose matrices and states are float32: a hundred roundings."""
 
 SIZES = (6, 8, 5, 3)
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def mlp(phi="relu", bias=True, sizes=SIZES, seed=0, dtype=torch.float64):

@@ -7,7 +7,6 @@ import itertools
 import pickle
 
 import cvxpy as cp
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -36,14 +35,6 @@ every_activation = pytest.mark.parametrize("phi", PHIS)
 
 EQUILIBRIUM = 2e-5
 """Predictions: states to tol = 3e-6 over 1 - kappa for the kappa of these tests (0.9 at most), float32 sums of it."""
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def mlp(phi="relu", bias=True, sizes=(6, 8, 5, 3), seed=0, dtype=torch.float32, scale=1.5):

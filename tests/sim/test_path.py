@@ -156,3 +156,30 @@ def test_a_file_is_no_folder(teacher, batches, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="`folder` must be a folder"):
         list(lambda_path(teacher, batches, LAMS, folder=tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("lams", "error", "message"),
+    [
+        ([1e-2, -1e-3], ValueError, r"`lams\[1\]` must be finite and > 0; got -0.001"),
+        ([1e-2, "1e-3"], TypeError, r"`lams\[1\]` must be"),
+        ([1e-2, float("nan")], ValueError, r"`lams\[1\]` must be"),
+    ],
+    ids=repr,
+)
+def test_a_weight_that_cannot_be_is_named_when_the_path_is_asked_for(lams, error, message, as_users_run_it):
+    def untouched():
+        raise AssertionError("no sample is read before the path is iterated over")
+        yield
+
+    class Untouched:
+        __iter__ = untouched
+
+    with pytest.raises(error, match=message):
+        lambda_path(nn.Linear(6, 3), Untouched(), lams)
+    with pytest.raises(ValueError, match="`kappa` must"):
+        lambda_path(nn.Linear(6, 3), Untouched(), LAMS, kappa=2.0)
+
+
+def test_a_path_of_no_weights_is_empty(teacher, batches):
+    assert list(lambda_path(teacher, batches, [])) == []

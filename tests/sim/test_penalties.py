@@ -1,7 +1,6 @@
 """What SIM's penalties mean: each row against the program that its docstring states, solved by cvxpy on the samples."""
 
 import cvxpy as cp
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -95,14 +94,6 @@ def test_weights_that_cost_nothing_are_in_nobodys_budget(teacher):
     model = sim.model_
     assert bool(model.B.all()) and bool(model.D.all())
     assert int(model.A.count_nonzero() + model.C.count_nonzero()) == 6
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """The rows' objective, proximal step and dual bound, each against its definition."""
 
+import dataclasses
+import math
+
 import cvxpy as cp
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from idl.sim.solvers import ADMM, CoordinateDescent, Hybrid
 from sim.row_problems import KINDS, drawn, minimum
 
 
@@ -71,3 +75,52 @@ def test_projecting_twice_changes_nothing_and_stays_inside():
     torch.testing.assert_close(problem.project(once), once, rtol=0, atol=0)
     assert bool((once[:, :6].abs().sum(1) <= 0.3).all())
     torch.testing.assert_close(once[:, 6:], V[:, 6:], rtol=0, atol=0)
+
+
+def doubles(*shape):
+    return torch.ones(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("solver", [Hybrid(), ADMM(), CoordinateDescent()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"radius": -1.0}, ValueError, "`radius` must"),
+        ({"radius": math.nan}, ValueError, "`radius` must"),
+        ({"ball": 13}, ValueError, "`ball` must be at most 12"),
+        ({"ball": -1}, ValueError, "`ball` must"),
+        ({"ball": 2.0}, TypeError, "`ball` must"),
+        ({"knee": 0.0}, ValueError, "`knee` must"),
+        ({"knee": math.nan}, ValueError, "`knee` must"),
+        ({"gram": doubles(12, 11)}, ValueError, "`gram` must be a square matrix"),
+        ({"gram": doubles(12, 12) * math.nan}, ValueError, "`gram` must be finite"),
+        ({"gram": doubles(12, 12).float()}, TypeError, r"`gram` must be of torch.float64.*Try gram.double\(\)"),
+        ({"gram": doubles(12, 12).numpy()}, TypeError, "`gram` must be a torch.Tensor"),
+        ({"correlations": doubles(4, 11)}, ValueError, r"`correlations` must have shape \(4, 12\).*got \(4, 11\)"),
+        ({"correlations": doubles(4, 12) / 0}, ValueError, "`correlations` must be finite"),
+        ({"correlations": doubles(4, 12).tolist()}, TypeError, "`correlations` must be a torch.Tensor"),
+        ({"energies": doubles(5)}, ValueError, r"`energies` must have shape \(4,\)"),
+        ({"energies": -doubles(4)}, ValueError, "`energies` must not be negative; got -1"),
+        ({"penalty": -doubles(12)}, ValueError, "`penalty` must not be negative"),
+        ({"penalty": doubles(4)}, ValueError, r"`penalty` must have shape \(12,\)"),
+        ({"penalty": 0.1}, TypeError, "`penalty` must be a torch.Tensor"),
+        ({"ridge": -doubles(12)}, ValueError, "`ridge` must not be negative"),
+        ({"column_energies": doubles(4)}, ValueError, r"`column_energies` must have shape \(12,\)"),
+        ({"target_energies": doubles(12)}, ValueError, r"`target_energies` must have shape \(4,\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_problem_that_is_none_is_refused_by_every_solver(solver, change, error, message, as_users_run_it):
+    problem = drawn(rows=4, columns=12, ball=6).problem
+    with pytest.raises(error, match=message):
+        solver.solve(dataclasses.replace(problem, **change))
+
+
+def test_a_start_of_another_shape_is_refused(as_users_run_it):
+    problem = drawn(rows=4, columns=12).problem
+    with pytest.raises(ValueError, match=r"`start` must have shape \(4, 12\), as `correlations` has; got \(3, 12\)"):
+        ADMM().solve(problem, doubles(3, 12))
+    with pytest.raises(TypeError, match="`start` must be a torch"):
+        ADMM().solve(problem, [[0.0] * 12] * 4)
+    with pytest.raises(TypeError, match=r"RowProblem; got a Tensor\. Try idl"):
+        ADMM().solve(problem.gram)

@@ -7,7 +7,6 @@ import itertools
 import pickle
 
 import cvxpy as cp
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -33,14 +32,6 @@ rows that were shrunk by 1e-6 to stay inside the ball: the square of the residua
 
 EQUILIBRIUM = 2e-5
 """Predictions: states to tol = 3e-6 over 1 - kappa for the kappa of these tests (0.9 at most), float32 sums of it."""
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Switch the checking of annotations off, as it is outside of the tests, to reach our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # --- teachers and what is known of them -----------------------------------------------------------------------------
@@ -416,8 +407,34 @@ def test_scoring_without_labels_or_samples_is_refused(fitted, digits):
     for batch in (digits.u, (digits.u,), [digits.u]):
         with pytest.raises(TypeError, match="pairs"):
             fitted.score([batch])
-    with pytest.raises(ValueError, match="at least one sample"):
-        fitted.score([])
+    for empty in ([], [(digits.u[:0], digits.labels[:0])]):
+        with pytest.raises(ValueError, match="at least one sample"):
+            fitted.score(empty)
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        (None, TypeError, "`loader` must yield batches of inputs; got None"),
+        (inputs(), TypeError, "rows are single samples"),
+        (TensorDataset(inputs(), torch.zeros(300).long()), TypeError, "TensorDataset, which has single samples"),
+        ([{"pixels": inputs()}], TypeError, r"pairs \(inputs, labels\) to be scored; got a dict"),
+        ([(inputs().long(), torch.zeros(300).long())], TypeError, "`loader` must have a floating-point dtype"),
+        ([(inputs(columns=5), torch.zeros(300).long())], ValueError, r"64 numbers a sample, .* got shape \(300, 5\)"),
+        ([(inputs()[0], 3)], ValueError, "with one row a sample"),
+    ],
+    ids=["None", "tensor", "dataset", "dict", "integers", "width", "sample"],
+)
+def test_what_cannot_be_scored_is_refused_and_named(loader, error, message, fitted, as_users_run_it):
+    with pytest.raises(error, match=message):
+        fitted.score(loader)
+
+
+def test_a_batch_may_be_empty(fitted, digits):
+    u, labels = digits.test[0]
+    assert fitted.score([(u[:0], labels[:0]), (u, labels)]) == fitted.score(digits.test)
+    assert fitted.predict(u[:0]).shape == (0, 10)
+    assert fitted.predict(u[:0].reshape(0, 8, 8)).shape == (0, 10)
 
 
 def test_nothing_is_predicted_before_fit(digits):
@@ -849,6 +866,7 @@ def test_an_argument_out_of_range_is_refused_and_named(options, error, as_users_
         ((u for u in [inputs()]), TypeError, "iterable twice"),
         ([inputs(), inputs(columns=5)], ValueError, "batches of one shape"),
         ([inputs(), inputs()[:, :, None]], ValueError, "batches of one shape"),
+        ([inputs(), inputs().double()], ValueError, "came .* and torch.float64"),
         ([inputs(), inputs() * torch.nan], ValueError, "NaN or inf"),
         ([inputs() * torch.nan], ValueError, "NaN or inf"),
         ([inputs(), inputs() / 0], ValueError, "NaN or inf"),
@@ -857,7 +875,11 @@ def test_an_argument_out_of_range_is_refused_and_named(options, error, as_users_
         ([inputs().numpy()], TypeError, "must be a torch.Tensor; got ndarray"),
         ([{"u": inputs()}], TypeError, "must be a torch.Tensor; got dict"),
         ([()], TypeError, "must be a torch.Tensor; got tuple"),
-        (inputs(), (TypeError, ValueError), "`loader` must"),
+        (inputs(), TypeError, "rows are single samples"),
+        (TensorDataset(inputs()), TypeError, r"TensorDataset, which has single samples\. Try DataLoader"),
+        (DataLoader, TypeError, "`loader` must yield batches of inputs; got <class"),
+        ([inputs()[0]], ValueError, "with one row a sample; got inputs of shape"),
+        ([inputs()[0, 0]], ValueError, "with one row a sample; got inputs of shape"),
     ],
     ids=[
         "no batch",
@@ -866,6 +888,7 @@ def test_an_argument_out_of_range_is_refused_and_named(options, error, as_users_
         "generator",
         "another size",
         "another dimension",
+        "another dtype",
         "NaN",
         "NaN at once",
         "inf",
@@ -875,13 +898,66 @@ def test_an_argument_out_of_range_is_refused_and_named(options, error, as_users_
         "dict",
         "empty tuple",
         "a tensor",
+        "a dataset",
+        "a class",
+        "a sample",
+        "a number",
     ],
 )
-def test_a_loader_that_cannot_be_used_is_refused(loader, error, message):
+def test_a_loader_that_cannot_be_used_is_refused(loader, error, message, as_users_run_it):
     sim = SIM(lam=1e-2)
     with pytest.raises(error, match=message):
         sim.fit(small(), loader)
     assert not hasattr(sim, "model_") and not hasattr(sim, "certificate_")
+
+
+@pytest.mark.parametrize(
+    ("u", "message"),
+    [
+        (inputs(columns=5), r"`teacher` fails on samples of shape \(5,\) and dtype torch.float32: mat1 and mat2"),
+        (inputs().reshape(300, 2, 3), r"`teacher` fails on samples of shape \(2, 3\) and dtype torch.float32: mat1"),
+        (inputs().double(), r"(?s)dtype torch.float64: .*convert the inputs: u\.to\(torch\.float32\)"),
+    ],
+    ids=["width", "images", "dtype"],
+)
+def test_a_teacher_that_cannot_read_its_inputs_is_named_with_both_sides(u, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        SIM(lam=1e-2).fit(small(), [u])
+    assert len(str(raised.value).splitlines()) <= 2
+
+
+class Counting:
+    """Counts the batches that were asked for."""
+
+    def __init__(self):
+        self.batches = 0
+
+    def __iter__(self):
+        for batch in inputs().split(50):
+            self.batches += 1
+            yield batch
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "message"),
+    [
+        ({}, 80, "`target_sparsity` must lie strictly between 0 and 1; got 80. It is a part"),
+        ({}, "0.8", "`target_sparsity` must be"),
+        ({"column_weights": [1.0] * 18}, None, r"`column_weights` must have .* 19 in all; got 18"),
+        ({"column_weights": [1.0] * 12 + [2.0] * 7, "rank": 2}, None, "`column_weights` must have the same factor"),
+        ({"rank": 14}, None, "`rank` must be at most 13"),
+    ],
+    ids=repr,
+)
+def test_what_does_not_fit_is_refused_before_the_samples_are_run_through(options, target, message, as_users_run_it):
+    counting = Counting()
+    with pytest.raises((TypeError, ValueError), match=message):
+        SIM(lam=1e-2, **options).fit(small(), counting, target_sparsity=target)
+    assert counting.batches <= 1
+    if target is None:
+        with pytest.raises((TypeError, ValueError), match=message):
+            next(lambda_path(small(), counting, [1e-2], **options))
+        assert counting.batches <= 2
 
 
 class Changing:
@@ -924,6 +1000,24 @@ def test_what_is_recorded_can_be_used_alone():
         torch.testing.assert_close(moments.cross, T.T @ torch.cat((X, U), 1) / 300, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(moments.energies, T.square().mean(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(moments.mean_T, T.mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"recorded": None}, TypeError, r"`recorded` must be .*Try idl.sim.recording.record\(teacher, loader\)"),
+        ({"loader": inputs()}, TypeError, "rows are single samples"),
+        ({"near": 1e-2}, TypeError, "`near` must be"),
+        ({"near": SIM()}, ValueError, r"`near` must be fitted; call its fit\(teacher, loader\) first"),
+        ({"near": SIM(lam=1e-1).fit(small(sizes=(6, 4, 3)), [inputs()])}, ValueError, "`near` must be fitted to the s"),
+        ({"near": SIM(lam=1e-1, rank=2).fit(small(), [inputs()])}, ValueError, "rank=None; got .* rank=2"),
+    ],
+    ids=["recorded", "loader", "number", "unfitted", "sizes", "rank"],
+)
+def test_what_was_recorded_and_where_to_start_are_checked(change, error, message, as_users_run_it):
+    arguments = {"recorded": record(small(), [inputs()]), "loader": [inputs()], "near": None} | change
+    with pytest.raises(error, match=message):
+        SIM(lam=1e-2).fit_recorded(**arguments)
 
 
 # --- what a newcomer tried --------------------------------------------------------------------------------------------
@@ -996,7 +1090,14 @@ def test_a_model_that_was_fitted_in_inference_mode_trains(teacher, digits):
         (lambda net, u: SIM().fit(lambda x: x, [u]), "teacher"),
         (lambda net, u: SIM().fit(net, None), "loader"),
         (lambda net, u: SIM().fit(net, 5), "loader"),
-        (lambda net, u: list(lambda_path(net, [u], 1e-3)), "lams"),
+        (lambda net, u: SIM().fit(net, [u], target_sparsity="80%"), "target_sparsity"),
+        (lambda net, u: lambda_path(None, [u], [1e-3]), "teacher"),
+        (lambda net, u: lambda_path(net, iter([u]), [1e-3]), "loader"),
+        (lambda net, u: lambda_path(net, [u], 1e-3), "lams"),
+        (lambda net, u: lambda_path(net, [u], "1e-3"), "lams"),
+        (lambda net, u: lambda_path(net, [u], torch.tensor(1e-3)), "lams"),
+        (lambda net, u: lambda_path(net, [u], [1e-3], folder=3), "folder"),
+        (lambda net, u: SIM().fit(net, [u]).predict(u.long()), "u"),
         (lambda net, u: SIM(column_weights=5.0), "column_weights"),
         (lambda net, u: SIM(layers=3), "layers"),
         (lambda net, u: SIM(exact="yes"), "exact"),

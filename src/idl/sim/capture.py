@@ -82,14 +82,19 @@ class Teacher:
 
     Raises:
         CaptureError: If an operation of the teacher has no place in an implicit model; the message names it.
-        ValueError: If a name in ``layers`` is unknown.
+        ValueError: If a name in ``layers`` is unknown, or the teacher fails on ``example``.
     """
 
     def __init__(self, module: nn.Module, example: Tensor, layers: Sequence[str] | None = None) -> None:
         self.module = module
         watch = _Watch()
         with _running(module, watch):
-            output = module(example.clone())
+            try:
+                output = module(example.clone())
+            except (CaptureError, torch.cuda.OutOfMemoryError):
+                raise
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise ValueError(_failure(module, example, error)) from error
         _outputs(output, len(example))
         if not watch.seen:
             known = ", ".join(sorted(set(_ACTIVATIONS.values())))
@@ -286,6 +291,13 @@ def _running(module: nn.Module, watch: _Watch) -> Iterator[None]:
             handle.remove()
         for m, training in modes:
             m.training = training
+
+
+def _failure(module: nn.Module, example: Tensor, error: Exception) -> str:
+    """Say on what a teacher fails, and what to do where dtypes are a reason."""
+    seen = f"`teacher` fails on samples of shape {tuple(example.shape[1:])} and dtype {example.dtype}: {error}"
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), example.dtype)
+    return seen if own == example.dtype else f"{seen}\n    Its parameters are {own}; convert the inputs: u.to({own})."
 
 
 def _unique(names: Sequence[str]) -> list[str]:

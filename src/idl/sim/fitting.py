@@ -39,6 +39,24 @@ class Settings:
     knee: float
     rank: int | None
 
+    def check_sizes(self, states: int, inputs: int) -> None:
+        """Check what must fit the numbers of states and inputs, which a teacher and a batch tell."""
+        if self.rank is not None and self.rank > states:
+            raise ValueError(f"`rank` must be at most {states}, the number of states; got {self.rank}.")
+        if self.column_weights is None:
+            return
+        if len(self.column_weights) != states + inputs:
+            raise ValueError(
+                f"`column_weights` must have one factor for each of {states} states and {inputs} inputs, "
+                f"{states + inputs} in all; got {len(self.column_weights)}."
+            )
+        of_states = self.column_weights[:states]
+        if self.rank is not None and len(set(of_states)) > 1:
+            raise ValueError(
+                f"`column_weights` must have the same factor for all {states} states with a `rank`, whose directions "
+                f"mix them; got factors from {min(of_states):g} to {max(of_states):g}."
+            )
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -76,10 +94,9 @@ class _Fitting:
 
     def __init__(self, recorded: Recorded, loader: Iterable[Any], settings: Settings) -> None:
         self.recorded, self.loader, self.settings = recorded, loader, settings
+        settings.check_sizes(recorded.states, recorded.inputs)
         self.scale, self.rescaling = _scale(recorded, settings)
         self.n, self.p = recorded.states, recorded.inputs
-        if settings.rank is not None and settings.rank > self.n:
-            raise ValueError(f"`rank` must be at most {self.n}, the number of states; got {settings.rank}.")
         self.penalty = self._penalty()
         # The bound on row sums: kappa, or less for an activation whose slope exceeds 1.
         self.radius = settings.kappa / max(1.0, recorded.teacher.activation.lipschitz or 1.0)
@@ -178,19 +195,9 @@ class _Fitting:
 
     def _penalty(self) -> Tensor:
         """Return ``lam`` times the factor of each column."""
-        columns, weights = self.n + self.p, self.settings.column_weights
+        weights = self.settings.column_weights
         if weights is None:
-            return self.scale.new_full((columns,), self.settings.lam)
-        if len(weights) != columns:
-            raise ValueError(
-                f"`column_weights` must have one factor for each of {self.n} states and {self.p} inputs, {columns} in "
-                f"all; got {len(weights)}."
-            )
-        if self.settings.rank is not None and len(set(weights[: self.n])) > 1:
-            raise ValueError(
-                f"`column_weights` must have the same factor for all {self.n} states with a `rank`, whose directions "
-                f"mix them; got factors from {min(weights[: self.n]):g} to {max(weights[: self.n]):g}."
-            )
+            return self.scale.new_full((self.n + self.p,), self.settings.lam)
         return self.settings.lam * self.scale.new_tensor(weights)
 
     def _blocks(self) -> list[_Block]:
@@ -248,7 +255,8 @@ class _Fitting:
         penalty = self.settings.l1_ratio * self.penalty[-len(moments.mean_S) :]  # rows read the last columns
         # Of rows that are matched nothing is to be taken back when they are stored.
         radius = self.radius * (1 - _ROUNDING) if self.settings.solver.exact else self.radius
-        measured = {"column_energies": raw.gram.diagonal(), "target_energies": raw.energies}
+        # Directions of a basis that no sample has come out of rounding as 0 from either side.
+        measured = {"column_energies": raw.gram.diagonal().clamp_min(0), "target_energies": raw.energies}
         return RowProblem(
             moments.gram,
             moments.cross,

@@ -1,7 +1,7 @@
 """A warm-started path of models, from few weights to many, that can be interrupted and resumed."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from idl import checks
 from idl.atomic import write_bytes
 from idl.nn import SparseImplicitModel
 from idl.sim.certificate import Certificate, WeightsKept
 from idl.sim.fitting import empty_model
-from idl.sim.recording import Recorded, record
+from idl.sim.recording import Recorded, check_sources, record
 from idl.sim.sim import SIM
 from idl.sim.solvers.base import RowSolution
 
@@ -30,9 +31,9 @@ def lambda_path(
     folder: str | Path | None = None,
     **settings: Any,
 ) -> Iterator[SIM]:
-    """Yield a fitted :class:`~idl.SIM` for each ``lam``, the largest first, each started from the one before.
+    """Return an iterator of a fitted :class:`~idl.SIM` for each ``lam``, the largest first, each started from the last.
 
-    The teacher is run once for all of them, and the loader passed over once more for each.
+    The teacher is run once for all of them, when the first is asked for, and the loader passed over once more for each.
 
     Args:
         teacher: See :meth:`~idl.SIM.fit`.
@@ -43,8 +44,9 @@ def lambda_path(
         **settings: The other arguments of :class:`~idl.SIM`.
 
     Raises:
-        CaptureError, TypeError: As :class:`~idl.SIM` and :meth:`~idl.SIM.fit` do.
-        ValueError: As these do, or if ``folder`` holds a path of other settings or data, or a damaged file.
+        TypeError, ValueError: At once, if an argument cannot be used, as :class:`~idl.SIM` does. Of the iterator, as
+            :meth:`~idl.SIM.fit` does, or if ``folder`` holds a path of other settings or data, or a damaged file.
+        CaptureError: Of the iterator, as :meth:`~idl.SIM.fit` does.
 
     Example:
         >>> teacher = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -53,21 +55,35 @@ def lambda_path(
         0.01 True
         0.0001 True
     """
-    if not isinstance(lams, Iterable):
-        raise TypeError(f"`lams` must be several weights of the penalty; got {lams!r}. Try [1e-2, 1e-3].")
-    unfitted = [SIM(lam=lam, **settings) for lam in sorted(map(float, lams), reverse=True)]
-    if not unfitted:
-        return
+    check_sources(teacher, loader)
+    unfitted = [SIM(lam=lam, **settings) for lam in sorted(_checked_lams(lams), reverse=True)]
     if len(unfitted) > 1 and unfitted[0].exact:
         raise ValueError("`lams` must be a single one with exact=True, whose weights do not depend on it.")
-    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+    if folder is not None and not isinstance(folder, (str, Path)):
+        raise TypeError(f"`folder` must be None or the path of a folder; got {folder!r}.")
+    folder = None if folder is None else Path(folder)
+    if folder is not None and folder.exists() and not folder.is_dir():
         raise ValueError(f"`folder` must be a folder; {folder} is a file.")
+    return _fitted(teacher, loader, unfitted, folder)
+
+
+def _checked_lams(lams: object) -> list[float]:
+    if not isinstance(lams, Iterable) or isinstance(lams, str) or getattr(lams, "ndim", 1) == 0:
+        raise TypeError(f"`lams` must be several weights of the penalty; got {lams!r}. Try [1e-2, 1e-3].")
+    numbers = [lam.item() if isinstance(lam, Tensor) and lam.dim() == 0 else lam for lam in lams]
+    return [checks.positive(f"lams[{i}]", number) for i, number in enumerate(numbers)]
+
+
+def _fitted(teacher: nn.Module, loader: Iterable[Any], unfitted: Sequence[SIM], folder: Path | None) -> Iterator[SIM]:
+    """Yield these one after the other, fitted or read."""
+    if not unfitted:
+        return
     if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(False):  # as in SIM.fit
-        recorded, near = record(teacher, loader, settings.get("layers")), None
+        recorded, near = record(teacher, loader, unfitted[0].layers, unfitted[0].settings.check_sizes), None
     for sim in unfitted:
-        path = None if folder is None else Path(folder) / f"lam-{sim.lam!r}.safetensors"
+        path = None if folder is None else folder / f"lam-{sim.lam!r}.safetensors"
         if path is not None and path.exists():
             near = _read(path, sim, recorded)
         else:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from idl import checks
 from idl.linalg.projections import l1_ball_threshold
 from idl.sim import reverse_huber
 
@@ -30,7 +31,7 @@ class RowProblem:
         energies: ``e``.
         penalty: ``p >= 0``. Solvers eliminate the columns outside the ball that have ``p = 0``; their bound is 0.
         ball: Number of leading columns inside the ball; 0 for no ball.
-        radius: ``kappa``.
+        radius: ``kappa >= 0``.
         knee: ``k > 0``; infinite for a penalty that is :math:`|w_j|` throughout.
         column_energies, target_energies: Mean squares that rounding is measured by, where columns and targets were
             larger before their means were taken off; those of ``G`` and ``e`` if ``None``.
@@ -201,3 +202,37 @@ class RowProblem:
         # Rounding must not leave the ball: what is a few units too much is taken back.
         factor = (self.radius / rows.sum(1, keepdim=True)).clamp_max_(1) * (1 - 4 * torch.finfo(rows.dtype).eps)
         return rows * factor
+
+
+def check_problem(problem: RowProblem) -> None:
+    """Check a problem that was built by hand: everything but that ``gram`` is symmetric and semidefinite."""
+    checks.instance("problem", problem, RowProblem, "Try idl.sim.solvers.RowProblem(gram, correlations, ...).")
+    d = len(checks.square_matrix("gram", problem.gram))
+    rows = len(checks.floating_tensor("correlations", problem.correlations))
+    shapes = {
+        "gram": (d, d),
+        "correlations": (rows, d),
+        "energies": (rows,),
+        "penalty": (d,),
+        "ridge": (d,),
+        "column_energies": (d,),
+        "target_energies": (rows,),
+    }
+    tensors = {name: value for name in shapes if (value := getattr(problem, name)) is not None}
+    for name, tensor in tensors.items():
+        if checks.floating_tensor(name, tensor).dtype != torch.float64:
+            raise TypeError(f"`{name}` must be of torch.float64; got {tensor.dtype}. Try {name}.double().")
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"`{name}` must have shape {shapes[name]}, for {rows} rows of {d} columns; got {tuple(tensor.shape)}."
+            )
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"`{name}` must be finite; got NaN or inf.")
+        if name not in ("gram", "correlations") and bool((tensor < 0).any()):
+            raise ValueError(f"`{name}` must not be negative; got {float(tensor.min()):g}.")
+    checks.same_device_and_dtype(tensors)
+    if checks.non_negative_integer("ball", problem.ball) > d:
+        raise ValueError(f"`ball` must be at most {d}, the number of columns; got {problem.ball}.")
+    checks.non_negative("radius", problem.radius)
+    if problem.knee != math.inf:
+        checks.positive("knee", problem.knee)

@@ -1,12 +1,13 @@
 """What a teacher shows on the samples of a loader: the first pass, and what a second one must share with it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from idl import checks
 from idl.sim.capture import Matrices, Recording, Teacher
@@ -39,15 +40,17 @@ class Recorded:
         return self.moments.part(slice(None), slice(self.states, None))
 
 
-def record(teacher: nn.Module, loader: Iterable[Any], layers: Sequence[str] | None = None) -> Recorded:
-    """Run a teacher on all inputs of a loader once, and keep second moments only."""
-    checks.instance("teacher", teacher, nn.Module, "Wrap a function in one.")
-    if isinstance(loader, Tensor):
-        raise TypeError("`loader` must yield batches; got a tensor, whose rows are single samples. Try [inputs].")
-    if isinstance(loader, Iterator):
-        raise TypeError("`loader` must be iterable twice, as a DataLoader or a list of batches is; got an iterator.")
-    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-        raise TypeError(f"`loader` must yield batches of inputs; got {loader!r}. Try [inputs], or a DataLoader.")
+def record(
+    teacher: nn.Module,
+    loader: Iterable[Any],
+    layers: Sequence[str] | None = None,
+    check: Callable[[int, int], None] = lambda states, inputs: None,
+) -> Recorded:
+    """Run a teacher on all inputs of a loader once, and keep second moments only.
+
+    ``check`` is given the numbers of states and inputs as soon as they are known, and raises if they will not do.
+    """
+    check_sources(teacher, loader)
     batches = iter(loader)
     seen, first = [], None
     for batch in batches:
@@ -57,12 +60,34 @@ def record(teacher: nn.Module, loader: Iterable[Any], layers: Sequence[str] | No
     if first is None or not len(first):
         raise ValueError("`loader` must yield at least one batch with at least one sample; got none.")
     watched = Teacher(teacher, first, layers)
+    states = sum(layer.units for layer in watched.layers)
+    check(states, first[0].numel())
     moments = accumulate(
         (torch.cat((recording.X, recording.U), 1), torch.cat((recording.Z, recording.Y), 1))
         for _, recording in recordings(watched, chain(seen, batches))
     )
-    states = sum(layer.units for layer in watched.layers)
     return Recorded(watched, watched.matrices(), moments, states, len(moments.gram) - states)
+
+
+def check_sources(teacher: object, loader: object) -> None:
+    """Check what can be known of a teacher and its loader before anything is run."""
+    checks.instance("teacher", teacher, nn.Module, "Wrap a function in one.")
+    check_loader(loader)
+    if isinstance(loader, Iterator):
+        raise TypeError("`loader` must be iterable twice, as a DataLoader or a list of batches is; got an iterator.")
+
+
+def check_loader(loader: object) -> None:
+    """Check that a loader can be passed over, and is not what yields single samples."""
+    if isinstance(loader, Tensor):
+        raise TypeError("`loader` must yield batches; got a tensor, whose rows are single samples. Try [inputs].")
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise TypeError(
+            f"`loader` must yield batches; got a {type(loader).__name__}, which has single samples. "
+            "Try DataLoader(dataset, batch_size=256)."
+        )
+    if isinstance(loader, type) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise TypeError(f"`loader` must yield batches of inputs; got {loader!r}. Try [inputs], or a DataLoader.")
 
 
 def check_same_inputs(again: Moments, recorded: Recorded) -> None:
@@ -83,17 +108,27 @@ def recordings(teacher: Teacher, loader: Iterable[Any]) -> Iterator[tuple[Tensor
     """Yield the inputs of each batch of a loader with what the teacher shows on them."""
     for batch in loader:
         u = _inputs(batch, teacher.module)
-        if tuple(u.shape[1:]) != teacher.input_shape:
+        if tuple(u.shape[1:]) != teacher.input_shape or u.dtype != teacher.dtype:
             raise ValueError(
-                f"`loader` must yield batches of one shape; after samples of shape {teacher.input_shape} came "
-                f"{tuple(u.shape[1:])}."
+                f"`loader` must yield batches of one shape and dtype; after samples of shape {teacher.input_shape} and "
+                f"{teacher.dtype} came {tuple(u.shape[1:])} and {u.dtype}."
             )
         if len(u):
             yield u, teacher.record(u)
 
 
-def _inputs(batch: Any, teacher: nn.Module) -> Tensor:
+def inputs_of(batch: Any) -> Tensor:
+    """Return the inputs of a batch, which may be a pair with labels."""
     u = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     u = checks.floating_tensor("loader", u)
-    parameter = next(teacher.parameters(), None)
+    if u.dim() < 2:
+        raise ValueError(
+            f"`loader` must yield batches, with one row a sample; got inputs of shape {tuple(u.shape)}. "
+            "Try DataLoader(dataset, batch_size=256), or u[None] for a sample by itself."
+        )
+    return u
+
+
+def _inputs(batch: Any, teacher: nn.Module) -> Tensor:
+    u, parameter = inputs_of(batch), next(teacher.parameters(), None)
     return u if parameter is None else u.to(parameter.device)

@@ -14,7 +14,7 @@ from idl import checks
 from idl.nn import SparseImplicitModel
 from idl.sim.certificate import Certificate
 from idl.sim.fitting import Rescaling, Settings, fit_model
-from idl.sim.recording import Recorded, record
+from idl.sim.recording import Recorded, check_loader, inputs_of, record
 from idl.sim.solvers.base import AbstractRowSolver
 from idl.sim.solvers.cardinality import Cardinality
 from idl.sim.solvers.exact import ExactMatching
@@ -147,10 +147,15 @@ class SIM:
 
         Raises:
             CaptureError: If an operation of the teacher has no place in an implicit model.
-            ValueError: If the loader is empty, changes shapes, or a state is not finite; if a state or an output
+            TypeError: If the teacher is no module, or the loader does not yield batches of floating tensors.
+            ValueError: If the loader is empty, changes shapes, or yields what the teacher fails on; if a state is not
+                finite; if ``target_sparsity``, ``column_weights`` or ``rank`` is out of range; if a state or an output
                 cannot be matched although :attr:`exact` asks for it.
             ImportError: If ``exact`` misses the extra ``cvx``.
         """
+        if target_sparsity is not None:
+            advice = "It is a part: 0.8 leaves a fifth of the weights."
+            target_sparsity = checks.in_open_unit("target_sparsity", target_sparsity, advice)
         if target_sparsity is not None and isinstance(self.solver, Cardinality):
             raise ValueError(
                 "`target_sparsity` searches lam, on which the weights that Cardinality keeps do not depend; "
@@ -167,10 +172,10 @@ class SIM:
                 "out, or use another solver."
             )
         with torch.inference_mode(False):  # the model is to be trained further, wherever it was fitted
-            recorded = record(teacher, loader, self.layers)
+            recorded = record(teacher, loader, self.layers, self.settings.check_sizes)
             if target_sparsity is None:
                 return self.fit_recorded(recorded, loader)
-            return self._search(recorded, loader, 1 - checks.in_open_unit("target_sparsity", target_sparsity))
+            return self._search(recorded, loader, 1 - target_sparsity)
 
     def fit_recorded(self, recorded: Recorded, loader: Iterable[Any], near: "SIM | None" = None) -> "SIM":
         """Fit to what was recorded before, as :func:`~idl.sim.lambda_path` does for each ``lam``.
@@ -179,8 +184,14 @@ class SIM:
             recorded: The teacher's moments.
             loader: See :meth:`fit`.
             near: A fit with another ``lam``, from which the rows start.
+
+        Raises:
+            TypeError: If ``recorded`` or ``near`` is something else.
+            ValueError: As :meth:`fit` does, or if ``near`` was not fitted, or to a teacher of other sizes.
         """
-        start = None if near is None else near.certificate_
+        checks.instance("recorded", recorded, Recorded, "Try idl.sim.recording.record(teacher, loader).")
+        check_loader(loader)
+        start = None if near is None else _start(near, recorded, self.rank)
         self.model_, self.certificate_ = fit_model(recorded, loader, self.settings, start)
         return self
 
@@ -228,11 +239,16 @@ class SIM:
         return other
 
     def predict(self, u: Tensor) -> Float[Tensor, "*batch q"]:
-        """Return the outputs of :attr:`model_` for inputs ``u``, ``(..., p)`` or samples of any shape; no gradient."""
+        """Return the outputs of :attr:`model_` for inputs ``u``, ``(..., p)`` or samples of any shape; no gradient.
+
+        Raises:
+            TypeError: If ``u`` is no floating tensor.
+            ValueError: If there is no model yet, or ``u`` does not fit it.
+        """
         model = self._fitted()
         with torch.no_grad():
             u = checks.floating_tensor("u", u).to(model.B)
-            batch = u.dim() > 1 and u[0].numel() == model.input_dim  # of samples of any shape, as in a loader
+            batch = u.dim() > 1 and u.shape[1:].numel() == model.input_dim  # of samples of any shape, as in a loader
             prediction: Tensor = model(u.flatten(1) if batch else u)
         return prediction
 
@@ -241,12 +257,25 @@ class SIM:
 
         Args:
             loader: Yields pairs of inputs and integer labels.
+
+        Raises:
+            TypeError: If the loader yields no pairs, or inputs that are no floating tensors.
+            ValueError: If there is no model yet, the inputs do not fit it, there is not one label a sample, or no
+                sample at all.
         """
-        right = total = 0
+        right, total, inputs = 0, 0, self._fitted().input_dim
+        check_loader(loader)
         for batch in loader:
             if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-                raise TypeError("`loader` must yield pairs (inputs, labels) to be scored; got inputs alone.")
-            guess = self.predict(batch[0]).argmax(1)
+                got = "inputs alone" if isinstance(batch, (tuple, list, Tensor)) else f"a {type(batch).__name__}"
+                raise TypeError(f"`loader` must yield pairs (inputs, labels) to be scored; got {got}.")
+            u = inputs_of(batch)
+            if u.shape[1:].numel() != inputs:
+                raise ValueError(
+                    f"`loader` must yield batches of inputs with {inputs} numbers a sample, as the model was fitted "
+                    f"to; got shape {tuple(u.shape)}."
+                )
+            guess = self.predict(u).argmax(1)
             labels = torch.as_tensor(batch[1]).to(guess.device)
             if labels.shape != guess.shape:
                 raise ValueError(
@@ -268,6 +297,21 @@ def _one_of_or_a_boolean(name: str, value: object, *choices: str) -> None:
     if not isinstance(value, bool) and value not in choices:
         named = ", ".join(map(repr, choices))
         raise ValueError(f"`{name}` must be True, False or one of {named}; got {value!r}.")
+
+
+def _start(near: SIM, recorded: Recorded, rank: int | None) -> Certificate:
+    """Return what rows can start from, if it is of the same sizes."""
+    checks.instance("near", near, SIM, "Try the SIM of another lam.")
+    if not hasattr(near, "certificate_"):
+        raise ValueError("`near` must be fitted; call its fit(teacher, loader) first, or leave it out.")
+    certificate, sizes = near.certificate_, recorded.output_moments.cross.shape
+    if certificate.outputs.W.shape != sizes or certificate.rank != rank:
+        raise ValueError(
+            f"`near` must be fitted to the same layers of the teacher with rank={rank}; got "
+            f"{tuple(certificate.outputs.W.shape)} instead of {tuple(sizes)} weights of the outputs, and "
+            f"rank={certificate.rank}. Leave it out."
+        )
+    return certificate
 
 
 def _checked_weights(column_weights: Sequence[float] | Tensor) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from idl import checks
 from idl.sim.elimination import Elimination
-from idl.sim.problem import RowProblem
+from idl.sim.problem import RowProblem, check_problem
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,17 @@ class AbstractRowSolver(ABC):
         Args:
             problem: The rows.
             start: A point from which to begin, ``(rows, d)``: the solution of a problem like this one.
+
+        Raises:
+            TypeError, ValueError: If a number of the problem is out of range or not finite, its tensors do not fit
+                each other or are not float64, or ``start`` has another shape.
         """
+        check_problem(problem)
+        if start is not None and checks.floating_tensor("start", start).shape != problem.correlations.shape:
+            raise ValueError(
+                f"`start` must have shape {tuple(problem.correlations.shape)}, as `correlations` has; got "
+                f"{tuple(start.shape)}."
+            )
         if problem.ridge is not None and not self.exact:
             problem = replace(problem, gram=problem.gram + problem.ridge.diag(), ridge=None)
         if not bool(problem.free.any()):

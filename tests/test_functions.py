@@ -240,6 +240,27 @@ def test_a_choice_that_is_no_object_of_its_kind_is_refused_and_named(option, val
         ImplicitFunction(**{option: value})
 
 
+@pytest.mark.parametrize("kind", [ImplicitFunction, ImplicitFunctionInf])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": Newton(), "mitr": 7}, r"`mitr` must not be given beside solver=Newton\("),
+        ({"solver": Newton(), "mitr": 7, "tol": 1e-9}, "`mitr`, `tol` must not be given beside solver="),
+        ({"adjoint": PhantomAdjoint(), "grad_tol": 1e-9}, r"`grad_tol` must not be given beside adjoint=PhantomAdj"),
+        ({"adjoint": ImplicitAdjoint(), "grad_mitr": 7}, "`grad_mitr` must not be given beside adjoint="),
+    ],
+)
+def test_a_setting_is_refused_beside_what_has_its_own(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**options)
+
+
+@pytest.mark.parametrize("kind", [ImplicitFunction, ImplicitFunctionInf])
+def test_settings_of_the_other_solve_go_with_a_solver_or_an_adjoint(kind):
+    assert kind(solver=Newton(), grad_tol=1e-9, grad_mitr=7).adjoint.solver == Adaptive(0.0, 1e-9, 7)
+    assert kind(adjoint=PhantomAdjoint(), tol=1e-9, mitr=7).solver == Adaptive(1e-9, 0.0, 7)
+
+
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_a_misspelt_option_is_refused(kind):
     with pytest.raises(TypeError, match="tolerance"):

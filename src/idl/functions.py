@@ -26,6 +26,9 @@ StateParameters = Tensor | tuple[Tensor, Tensor] | StateMatrix
 Or a state matrix that is known to be admissible, which is taken as it is.
 """
 
+DEFAULTS = {"mitr": 300, "grad_mitr": 300, "tol": 3e-6, "grad_tol": 3e-6}
+"""What the solves of an implicit function are limited by unless they are told."""
+
 
 class ImplicitFunction:
     r"""The function :math:`(A, B, u) \mapsto x` with :math:`x = \phi(Ax + Bu + b)`, for any ``A``.
@@ -41,12 +44,12 @@ class ImplicitFunction:
         grad_tol: Tolerance of a derivative's solve, relative to its source.
         activation: Name, :class:`~idl.activations.Activation` or callable; ``None`` means ReLU.
         constraint: Which ``A`` are allowed.
-        solver: Method of the forward solve instead of :class:`~idl.solvers.Adaptive`; brings its own tolerance.
-        adjoint: Rule of the gradient instead of :class:`~idl.differentiation.ImplicitAdjoint`.
+        solver: Method of the forward solve instead of :class:`~idl.solvers.Adaptive`; has its own ``mitr`` and ``tol``.
+        adjoint: Rule of the gradient instead of :class:`~idl.differentiation.ImplicitAdjoint`; has its own limits.
         on_failure: What to do if a sample does not converge.
 
     Raises:
-        TypeError, ValueError: If an argument is out of range.
+        TypeError, ValueError: If an argument is out of range, or a setting is given beside what has its own.
 
     Example:
         >>> class Sine(ImplicitFunction):
@@ -80,11 +83,13 @@ class ImplicitFunction:
         checks.one_of("on_failure", on_failure, ("raise", "warn", "ignore"))
         self.activation = self._own_activation(activation)
         constraint = Free() if constraint is None else constraint
-        solver = Adaptive(tol, 0.0, mitr) if solver is None else solver
-        adjoint = ImplicitAdjoint(Adaptive(0.0, grad_tol, grad_mitr)) if adjoint is None else adjoint
+        forward = Adaptive(tol, 0.0, mitr) if solver is None else solver
+        backward = ImplicitAdjoint(Adaptive(0.0, grad_tol, grad_mitr)) if adjoint is None else adjoint
         self.constraint = checks.instance("constraint", constraint, AbstractConstraint, "Try InfNorm(kappa=0.99).")
-        self.solver = checks.instance("solver", solver, AbstractFixedPointSolver, "Try Adaptive().")
-        self.adjoint = checks.instance("adjoint", adjoint, AbstractAdjoint, "Try ImplicitAdjoint().")
+        self.solver = checks.instance("solver", forward, AbstractFixedPointSolver, "Try Adaptive().")
+        self.adjoint = checks.instance("adjoint", backward, AbstractAdjoint, "Try ImplicitAdjoint().")
+        check_used("solver", solver, mitr=mitr, tol=tol)
+        check_used("adjoint", adjoint, grad_mitr=grad_mitr, grad_tol=grad_tol)
         self.on_failure = on_failure
 
     def phi(self, z: Tensor) -> Tensor:
@@ -215,6 +220,13 @@ class ImplicitFunction:
             )
         derivative = self.dphi if type(self).dphi is not ImplicitFunction.dphi else None
         return Activation(self.phi, derivative, self.lipschitz, name=f"{type(self).__name__}.phi")
+
+
+def check_used(name: str, given: object, **settings: object) -> None:
+    """Check that no setting is changed beside an object that has its own."""
+    changed = ", ".join(f"`{setting}`" for setting, value in settings.items() if value != DEFAULTS[setting])
+    if given is not None and changed:
+        raise ValueError(f"{changed} must not be given beside {name}={given!r}, which has its own; give it to that.")
 
 
 def _first(A: StateParameters) -> Tensor:

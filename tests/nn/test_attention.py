@@ -42,6 +42,8 @@ def module(options, heads=None, dtype=torch.float64, seed=0, block_size=T, **mor
     """Return a head, or attention of several, whose outputs matter to keys, queries and values."""
     torch.manual_seed(seed)
     settings = {"fixed_point_iter": 1000, **TIGHT, **options, **more}
+    if "solver" in settings:
+        del settings["tol"]  # it has its own
     if heads is None:
         found = IDLHead(H, E, block_size, **settings)
     else:
@@ -620,3 +622,12 @@ def test_what_stands_in_padding_reaches_no_gradient(version, value):
         torch.autograd.grad(head(u, padding).square().sum(), list(head.parameters())), clean, strict=True
     ):
         close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **o: IDLHead(4, E, 6, 50, "softmax", **o), lambda **o: IDLAttention(12, 3, 6, **o)]
+)
+def test_a_tolerance_is_refused_beside_a_solver_that_has_its_own(make):
+    with pytest.raises(ValueError, match=r"`tol` must not be given beside solver=Picard\("):
+        make(solver=Picard(), tol=1e-9)
+    assert make(solver=Picard(atol=1e-9)).solver == Picard(atol=1e-9)

@@ -43,7 +43,7 @@ class IDLHead(ImplicitHeads):
         bias: Whether keys, queries and values have a constant ``b``.
         dropout: Probability of dropping a weight in training, in [0, 1]: one draw for all steps of a call, or the
             equilibrium would not be one. Forms the ``(time, time)`` matrices.
-        solver: Method of the solve instead of :class:`~idl.solvers.Adaptive`; brings its own tolerance and steps.
+        solver: Method of the solve instead of :class:`~idl.solvers.Adaptive`; has its own ``tol`` and steps.
         gradient: ``"implicit"``; ``"unrolled"``, which records all ``fixed_point_iter`` steps; or ``"phantom"``, which
             records the last five.
         contractive: Whether to scale what outputs add so that the proved bound on the contraction is at most ``kappa``.

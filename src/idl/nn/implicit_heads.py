@@ -16,6 +16,7 @@ from idl.differentiation.implicit import ImplicitAdjoint
 from idl.differentiation.phantom import PhantomAdjoint
 from idl.differentiation.unrolled import UnrolledAdjoint
 from idl.equilibrium import eagerly
+from idl.functions import check_used
 from idl.linalg.operators import Dense, Factored, StateMatrix
 from idl.solvers.adaptive import Adaptive
 from idl.solvers.base import AbstractFixedPointSolver
@@ -69,8 +70,9 @@ class ImplicitHeads(nn.Module):
         self.dropout = checks.in_unit("dropout", dropout)
         self.constraint = InfNorm(kappa)
         tol, grad_tol = checks.non_negative("tol", tol), checks.non_negative("grad_tol", grad_tol)
-        solver = Adaptive(tol, 0.0, self.fixed_point_iter) if solver is None else solver
-        self.solver = checks.instance("solver", solver, AbstractFixedPointSolver, "Try Adaptive().")
+        forward = Adaptive(tol, 0.0, self.fixed_point_iter) if solver is None else solver
+        self.solver = checks.instance("solver", forward, AbstractFixedPointSolver, "Try Adaptive().")
+        check_used("solver", solver, tol=tol)
         self.gradient = checks.one_of("gradient", gradient, tuple(_ADJOINTS))
         self.adjoint = _ADJOINTS[self.gradient](grad_tol, self.fixed_point_iter)
         checks.one_of("on_failure", on_failure, ("raise", "warn", "ignore"))

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from idl import checks
 from idl.activations import Activation
-from idl.functions import ImplicitFunction, ImplicitFunctionInf, StateParameters
+from idl.functions import DEFAULTS, ImplicitFunction, ImplicitFunctionInf, StateParameters
 from idl.linalg.sparse import linear
 from idl.solvers.base import Solution
 from idl.wellposed.base import AbstractConstraint
-
-_DEFAULTS = {"mitr": 300, "grad_mitr": 300, "tol": 3e-6, "grad_tol": 3e-6}
 
 
 class ImplicitModel(nn.Module):
@@ -204,7 +202,7 @@ def _checked_rank(low_rank: bool, rank: int | None, hidden_dim: int) -> int | No
 
 def _built_function(f: object, settings: dict[str, Any], optional: dict[str, Any]) -> ImplicitFunction:
     given = {name: value for name, value in optional.items() if value is not None}
-    changed = {name: value for name, value in settings.items() if value != _DEFAULTS[name]}
+    changed = {name: value for name, value in settings.items() if value != DEFAULTS[name]}
     if isinstance(f, ImplicitFunction):
         if changed or given:
             names = ", ".join(f"`{name}`" for name in {**changed, **given})

@@ -17,7 +17,7 @@ from idl.linalg.operators import Dense, StateMatrix, StrictlyUpper, to_precise
 from idl.linalg.sparse import linear
 from idl.maps.affine import AffineMap
 from idl.maps.base import Parameters, ParametricMap
-from idl.maps.closure import captured_tensors, with_captured
+from idl.maps.closure import captured_tensors, pinned, with_captured
 from idl.maps.general import GeneralMap
 from idl.maps.layout import StateLayout
 from idl.solvers.adaptive import Adaptive
@@ -92,7 +92,8 @@ def fixed_point(
     r"""Solve :math:`x = f(x, \theta)` for any function or module ``f``, with gradients to all that ``f`` reads.
 
     Gradients flow to tensors in ``params`` and to those that ``f`` holds: parameters of a module, tensors of an
-    outer scope. ``f`` must be deterministic, and the fixed point is found where ``f`` contracts or nearly does.
+    outer scope. A later derivative reads them as they are now, whatever a loop has bound its variables to by then.
+    ``f`` must be deterministic, and the fixed point is found where ``f`` contracts or nearly does.
 
     Where every tensor of the state has two dimensions or more and the same first size, that dimension counts the
     samples, each with its own residual; otherwise the state is one sample. Samples that are seen to depend on each
@@ -110,8 +111,8 @@ def fixed_point(
         The solution; ``x`` has the structure of ``x0``.
 
     Raises:
-        TypeError, ValueError: If ``f`` cannot be called or returns another structure, shape or dtype, or ``x0`` holds
-            no floating-point tensors of one dtype and device.
+        TypeError, ValueError: If ``f`` cannot be called or returns another structure, shape or dtype, or changes what it
+            reads, or ``x0`` holds no floating-point tensors of one dtype and device.
         ConvergenceError: If a sample did not converge and ``on_failure="raise"``.
 
     Example:
@@ -144,21 +145,37 @@ def _fixed_point(
     if layout.batched and not transforms_are_active() and _rows_couple(f, x0, params, image):
         layout = layout.as_one_row()
     tensors = [leaves[i] for i in places]
+    versions = [_version(tensor) for tensor in captured]
+    as_it_is = pinned(f, captured) if _may_be_differentiated() else f
 
     def function(x: Tensor, *values: Tensor) -> Tensor:
         arguments = list(leaves)
         for i, value in zip(places, values, strict=False):
             arguments[i] = value
-        pure = with_captured(f, captured, values[len(places) :])
+        pure = with_captured(as_it_is, captured, values[len(places) :])
         return layout.pack(pure(layout.unpack(x), *pytree.tree_unflatten(arguments, structure)))
 
     parametric, parameters = GeneralMap(function), (*tensors, *captured)
     # The run that found what f reads is the first step.
     first = layout.pack(image).detach()
     x, steps, converged = adjoint.fixed_point(parametric, solver, first, parameters, report)
+    if x.requires_grad and versions != [_version(tensor) for tensor in captured]:
+        raise ValueError(
+            "`f` must not change what it reads, as BatchNorm and spectral_norm change their buffers in training. "
+            "Call f.eval(), or .eval() of that part of it."
+        )
     residual = measured_residual(parametric, parameters, x)
     residual, steps, converged = (layout.a_number_each(part) for part in (residual, steps, converged))
     return Solution(layout.unpack(x), residual, steps, converged)
+
+
+def _may_be_differentiated() -> bool:
+    return torch.is_grad_enabled() or transforms_are_active()
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; inference tensors do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _rows_couple(f: Callable[..., Any], x0: Any, params: tuple[Any, ...], image: Any) -> bool:
@@ -302,9 +319,10 @@ def _check_image(name: str, image: object, z: Tensor) -> None:
 
 def _composed(kind: type[StateMatrix], phi: Activation, count: int, captured: list[Tensor]) -> Callable[..., Tensor]:
     """Return ``phi(x A^T + Z)`` as a function of ``x, Z, *A, *captured``."""
+    as_it_is = pinned(phi, captured) if _may_be_differentiated() else phi
 
     def function(x: Tensor, Z: Tensor, *values: Tensor) -> Tensor:
-        image: Tensor = with_captured(phi, captured, values[count:])(kind(*values[:count]).apply(x) + Z)
+        image: Tensor = with_captured(as_it_is, captured, values[count:])(kind(*values[:count]).apply(x) + Z)
         return image
 
     return function

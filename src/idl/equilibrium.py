@@ -111,8 +111,8 @@ def fixed_point(
         The solution; ``x`` has the structure of ``x0``.
 
     Raises:
-        TypeError, ValueError: If ``f`` cannot be called or returns another structure, shape or dtype, or changes what it
-            reads, or ``x0`` holds no floating-point tensors of one dtype and device.
+        TypeError, ValueError: If ``f`` cannot be called, returns another structure, shape or dtype, or changes what it
+            reads, or if ``x0`` holds no floating-point tensors of one dtype and device.
         ConvergenceError: If a sample did not converge and ``on_failure="raise"``.
 
     Example:

@@ -117,6 +117,24 @@ def test_a_failure_under_a_contraction_says_that_it_is_slow():
         equilibrium(0.999 * eye.flip(0), eye, torch.ones_like(eye), solver=Picard(max_steps=5))
 
 
+@pytest.mark.parametrize("phi", [lambda z: 3 * torch.cos(10 * z), Activation(lambda z: 2 * z.sin(), lipschitz=2.0)])
+def test_a_failure_claims_no_contraction_where_the_activation_may_be_steep(phi):
+    eye = torch.eye(2, dtype=torch.float64)
+    with pytest.warns(
+        ConvergenceWarning, match="but the activation may be steeper than 1, so the map need not contract"
+    ):
+        equilibrium(0.999 * eye.flip(0), eye, torch.ones_like(eye), phi=phi, solver=Picard(atol=0.0, max_steps=5))
+
+
+def test_newton_that_failed_under_a_contraction_advises_plain_steps_which_arrive():
+    chain = torch.eye(100) + torch.diag(torch.ones(99), 1)
+    A, u = 0.99 * chain / chain.sum(1, keepdim=True), torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    B = torch.randn(100, 8, generator=torch.Generator().manual_seed(1)) / 2
+    with pytest.warns(ConvergenceWarning, match=r"or take solver=Picard\(max_steps=3000\), which gets closer"):
+        equilibrium(A, B, u, solver=Newton(max_steps=100))
+    assert bool(equilibrium(A, B, u, solver=Picard(max_steps=3000)).converged.all())
+
+
 @pytest.mark.parametrize(
     ("solver", "phi", "names_newton"),
     [

@@ -263,7 +263,7 @@ def attempt(
     parameters = (rows, *rest)
     if isinstance(parametric, GeneralMap) and start is None:
         start = torch.zeros_like(rows)
-    report = FailureReport(on_failure, lambda: advice(state_matrix, parametric, solver))
+    report = FailureReport(on_failure, lambda: advice(state_matrix, parametric, phi, solver))
     with without_autocast(Z.device):
         x, steps, converged = adjoint.fixed_point(parametric, solver, start, parameters, report)
     result = x.to(dtype)
@@ -384,13 +384,23 @@ def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
     return all(size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(target), strict=False))
 
 
-def advice(state_matrix: StateMatrix, parametric: ParametricMap, solver: AbstractFixedPointSolver) -> str:
+def advice(
+    state_matrix: StateMatrix, parametric: ParametricMap, phi: Activation, solver: AbstractFixedPointSolver
+) -> str:
     """Return what is known of why a solve with this matrix did not converge, and what to try."""
     norm = float(inf_norm(state_matrix.detached()))
-    contracts = "so the map contracts, but slowly" if norm < 1 else "so the map need not contract"
+    proved = phi.lipschitz is not None and norm * phi.lipschitz < 1
+    if proved:
+        contracts = "so the map contracts, but slowly"
+    elif norm < 1:
+        contracts = "but the activation may be steeper than 1, so the map need not contract"
+    else:
+        contracts = "so the map need not contract"
     constrain = "Lower kappa" if norm < 1 else "Constrain A with ImplicitFunctionInf (||A||_inf <= kappa < 1)"
     tried_newton = isinstance(solver, Newton) or (isinstance(solver, Adaptive) and isinstance(parametric, AffineMap))
     another = "" if tried_newton else ", or try solver=Newton()"
+    if tried_newton and proved:
+        another = ", or take solver=Picard(max_steps=3000), which gets closer with each step"
     return (
         f"max row sum of |A| is {norm:.4g}, {contracts}. {constrain}, or raise mitr (the solver's max_steps){another}."
     )

@@ -240,7 +240,7 @@ def _widened(A: Tensor) -> Tensor:
 
 
 class ImplicitFunctionInf(ImplicitFunction):
-    r"""The implicit function with :math:`\|A\|_\infty \le \kappa < 1`: one equilibrium, always found.
+    r"""The implicit function with :math:`\|A\|_\infty \le \kappa < 1`: one equilibrium, for all weights.
 
     Args:
         kappa: Bound on the largest row sum of ``|A|``, in (0, 1).

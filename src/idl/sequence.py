@@ -117,7 +117,7 @@ def solve_sequence(
     tensors = [tensor.to(precision) for tensor in A.tensors]
     first = source[: timeline.sizes[0], :n]
     parametric, parameters = parametric_map(A, tensors, phi, first.to(u.dtype))
-    report = FailureReport(on_failure, lambda: advice(A, parametric, solver))
+    report = FailureReport(on_failure, lambda: advice(A, parametric, phi, solver))
     with without_autocast(u.device):
         M = torch.cat((C, D[:, p:]), 1).to(precision)
         parts = Parts(None, None, source.to(precision), h0.to(precision), B[:, p:].to(precision), M, tuple(tensors))

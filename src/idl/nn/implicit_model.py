@@ -21,7 +21,7 @@ class ImplicitModel(nn.Module):
     r"""Predict :math:`\hat y = Cx + Du` from the equilibrium :math:`x = \phi(Ax + Bu + b)`.
 
     The implicit model of El Ghaoui et al. (Implicit Deep Learning, SIAM J. Math. Data Sci. 3(3), 2021), with samples
-    as rows. With the default ``f`` the equilibrium exists, is unique, and is found for every value of the parameters.
+    as rows. With the default ``f`` the equilibrium exists and is unique for every value of the parameters.
 
     Args:
         hidden_dim: Size ``n`` of the state ``x``.

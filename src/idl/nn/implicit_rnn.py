@@ -171,7 +171,7 @@ class ImplicitRNN(nn.Module):
         x_t = \phi(Ax_t + B[u_t; h_{t-1}] + b), \quad h_t = Cx_t + D[u_t; h_{t-1}], \quad \hat y = W h_T + c
 
     The implicit RNN of Decugis et al. (The Extrapolation Power of Implicit Models, IJCAI 2024), with samples as rows.
-    With the default ``f`` every :math:`x_t` exists, is unique, and is found. Where ``f`` has an activation with a known
+    With the default ``f`` every :math:`x_t` exists and is unique. Where ``f`` has an activation with a known
     derivative, and differentiates implicitly, the whole sequence is one node of autograd's, which keeps :math:`x_t`
     and :math:`h_t` and nothing of how they were found; anything else is solved, and recorded, step by step.
 

@@ -252,6 +252,12 @@ def test_what_does_not_fit_is_named():
         (lambda: convert_attention(convert_attention(gpt())), TypeError, r"in this GPTLanguageModel all is implicit"),
         (lambda: convert_attention(gpt(), layers=[]), TypeError, r"`layers` must be None or a list of .*; got \[\]"),
         (lambda: convert_attention(gpt(), causal=False), ValueError, r"`causal` must be True in a GPTLanguageModel"),
+        (
+            lambda: convert_attention(gpt2(), causal=False),
+            ValueError,
+            r"`causal` must be True, as the attention of this",
+        ),
+        (lambda: convert_attention(bert(), causal=True), ValueError, r"`causal` must be False, as .*; got True"),
         (lambda: convert_attention(gpt(), rank=0), ValueError, r"`rank` must be an integer >= 1; got 0"),
         (lambda: implicit_class("gpt2"), TypeError, r"`model_class` must be a model class of transformers.*got 'gpt2'"),
         (lambda: implicit_class(nn.Linear), TypeError, r"`model_class` must be a model class of transformers"),

@@ -118,7 +118,7 @@ class ImplicitModel(nn.Module):
     def forward(
         self, u: Float[Tensor, "..."], x0: Float[Tensor, "..."] | None = None, return_solution: bool = False
     ) -> Any:
-        """Predict from inputs ``(..., input_dim)``, or from a batch of images of ``input_dim`` numbers each.
+        """Predict from inputs ``(..., input_dim)``, or from images of ``input_dim`` numbers each, a batch or one.
 
         Args:
             u: Inputs.

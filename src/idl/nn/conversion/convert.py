@@ -75,6 +75,8 @@ def implicit_class(model_class: type[Any]) -> type[Any]:
     """Return the class of a converted model of transformers, to load one.
 
     As in ``implicit_class(GPT2LMHeadModel).from_pretrained(folder)``, which a converted model has saved itself to.
+    ``GPT2LMHeadModel`` itself, or ``AutoModelForCausalLM``, loads the rest and draws new explicit attention, with no
+    more than transformers' own warning.
 
     Args:
         model_class: The class of the model before its conversion, as ``GPT2LMHeadModel``.
@@ -95,7 +97,13 @@ def implicit_class(model_class: type[Any]) -> type[Any]:
         ...     type(implicit_class(BertModel).from_pretrained(folder)).__name__
         'ImplicitBertModel'
     """
-    from transformers import PreTrainedModel
+    try:
+        from transformers import PreTrainedModel
+    except ImportError as error:
+        raise ImportError(
+            "implicit_class needs transformers, which is not installed. "
+            "Try: pip install 'implicit-deep-learning[transformers]'"
+        ) from error
 
     from idl.nn.conversion import huggingface
 

@@ -88,7 +88,15 @@ def sites(parent: nn.Module) -> Iterator[Site]:
             yield Site(parent, name, None)
 
 
+def _refuse_causal(settings: dict[str, Any], causal: bool) -> None:
+    if settings.get("causal", causal) != causal:
+        raise ValueError(
+            f"`causal` must be {causal}, as the attention of this model is; got {settings['causal']!r}. Leave it out."
+        )
+
+
 def _of_gpt2(explicit: GPT2Attention, settings: dict[str, Any]) -> nn.Module:
+    _refuse_causal(settings, True)
     pairs = zip(explicit.c_attn.weight.T.chunk(3), explicit.c_attn.bias.chunk(3), strict=True)
     query, key, value = (linear(weight, bias) for weight, bias in pairs)
     query = scaled(query, explicit.scaling * explicit.head_dim**0.5)
@@ -99,6 +107,7 @@ def _of_gpt2(explicit: GPT2Attention, settings: dict[str, Any]) -> nn.Module:
 
 
 def _of_bert(explicit: BertSelfAttention, settings: dict[str, Any]) -> nn.Module:
+    _refuse_causal(settings, explicit.is_causal)
     maps = (explicit.key, explicit.query, explicit.value)
     settings = {"causal": explicit.is_causal, "dropout": explicit.dropout.p, **settings}
     unused = nn.Linear(explicit.all_head_size, explicit.key.in_features)

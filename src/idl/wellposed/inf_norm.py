@@ -23,7 +23,7 @@ class _Ball(AbstractConstraint):
     kappa: float = 0.99
 
     def __post_init__(self) -> None:
-        checks.in_open_unit("kappa", self.kappa, "Try 0.99: only below 1 is the bound a bound.")
+        checks.in_open_unit("kappa", self.kappa, "A map contracts for certain only if ||A||_inf <= kappa < 1.")
 
     @property
     def contraction(self) -> float:

@@ -112,7 +112,9 @@ def _trained(settings: Settings, run: Run) -> dict[str, object]:
 
 
 def main(
-    dataset: Annotated[Dataset, typer.Option(help="Images to classify.")] = Dataset.fashion_mnist,
+    dataset: Annotated[
+        Dataset | None, typer.Option(help="Images to classify; fashion-mnist by default, digits with --smoke.")
+    ] = None,
     model: Annotated[Model, typer.Option(help="Implicit model, or explicit MLP.")] = Model.implicit,
     hidden_dim: Annotated[
         int | None, typer.Option(min=1, help=f"Size of the hidden state; {Settings.hidden_dim} by default.")
@@ -133,6 +135,7 @@ def main(
     """Train one classifier on images; an interrupted run continues."""
     if low_rank != (rank is not None):
         raise typer.BadParameter("--low-rank and --rank go together, as in --low-rank --rank 2")
+    dataset = dataset or (Dataset.digits if smoke else Dataset.fashion_mnist)  # a smoke run downloads nothing
     settings = Settings(dataset.value, model.value, rank=rank, seed=seed, device=device)
     if smoke:
         settings = replace(settings, hidden_dim=16, epochs=2, batch_size=32, training_images=512)

@@ -139,7 +139,9 @@ def equilibria(model: NextCharacter, characters: torch.Tensor) -> dict[str, floa
 def main(
     dataset: Annotated[Dataset, typer.Option(help="Which text.")] = Dataset["topics"],  # type: ignore[valid-type]
     model: Annotated[Model, typer.Option(help="Which model.")] = Model["softmax"],  # type: ignore[valid-type]
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the text.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help=f"Passes over the training data; {Settings.epochs} by default.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Decides weights, dropout, order of windows.")
     ] = Settings.seed,

@@ -65,6 +65,7 @@ DEFAULTS = {
 }
 """The settings of each data set."""
 
+_EPOCHS = ", ".join(f"{settings.epochs} for {name}" for name, settings in DEFAULTS.items())
 Dataset = Enum("Dataset", {name: name for name in DEFAULTS}, type=str)  # type: ignore[misc]
 Model = Enum("Model", {name: name for name in MODELS}, type=str)  # type: ignore[misc]
 
@@ -130,9 +131,13 @@ def forecast(model: nn.Module, data: Labelled) -> Tensor:
 def main(
     dataset: Annotated[Dataset, typer.Option(help="What to learn.")] = Dataset["spiky"],  # type: ignore[valid-type]
     model: Annotated[Model, typer.Option(help="Which model.")] = Model["implicit"],  # type: ignore[valid-type]
-    hidden_dim: Annotated[int, typer.Option(min=1, help="Size of h.")] = Settings.hidden_dim,
-    implicit_hidden_dim: Annotated[int, typer.Option(min=1, help="Size of x.")] = Settings.implicit_hidden_dim,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
+    hidden_dim: Annotated[int, typer.Option(min=1, help="Size of the hidden state h.")] = Settings.hidden_dim,
+    implicit_hidden_dim: Annotated[
+        int, typer.Option(min=1, help="Size of the equilibrium x, of implicit.")
+    ] = Settings.implicit_hidden_dim,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help=f"Passes over the training data; {_EPOCHS} by default.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Decides weights and order of samples.")
     ] = Settings.seed,

@@ -232,10 +232,13 @@ def _modelled(settings: Settings, sim: SIM, run: Run) -> dict[str, object]:
 
 
 def main(
-    dataset: Annotated[Dataset, typer.Option(help="Images to classify.")] = Dataset.fashion_mnist,
+    dataset: Annotated[
+        Dataset | None, typer.Option(help="Images to classify; fashion-mnist by default, digits with --smoke.")
+    ] = None,
     teacher: Annotated[TeacherKind, typer.Option(help="Explicit network to start from.")] = TeacherKind.mlp,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help=f"Passes of the teacher over its data; {Settings.epochs} by default.")
+        int | None,
+        typer.Option(min=1, help=f"Passes over the training data, of the teacher; {Settings.epochs} by default."),
     ] = None,
     lam: Annotated[float, typer.Option(help="Weight of the l1 penalty.")] = Settings.lam,
     keep: Annotated[float | None, typer.Option(help="Part of the teacher's weights to keep, instead.")] = None,
@@ -249,6 +252,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Run folder; by default one below runs/sim.")] = None,
 ) -> None:
     """Make an explicit network a sparse implicit model; an interrupted run continues."""
+    dataset = dataset or (Dataset.digits if smoke else Dataset.fashion_mnist)  # a smoke run downloads nothing
     settings = Settings(dataset.value, teacher.value, lam=lam, keep=keep, samples=samples, seed=seed, device=device)
     if smoke:
         settings = replace(settings, epochs=8, batch_size=16, training_images=512)

@@ -31,7 +31,7 @@ def run(example):
     app.command()(example.main)
 
     def run(*arguments):
-        return CliRunner().invoke(app, ["--smoke", "--dataset=digits", *map(str, arguments)])
+        return CliRunner().invoke(app, ["--smoke", *map(str, arguments)])
 
     return run
 

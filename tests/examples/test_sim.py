@@ -36,7 +36,7 @@ def run(example):
     app.command()(sys.modules["train"].main)
 
     def run(*arguments):
-        return CliRunner().invoke(app, ["--smoke", "--dataset=digits", *map(str, arguments)])
+        return CliRunner().invoke(app, ["--smoke", *map(str, arguments)])
 
     return run
 

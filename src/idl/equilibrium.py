@@ -17,7 +17,8 @@ from idl.linalg.operators import Dense, StateMatrix, StrictlyUpper, to_precise
 from idl.linalg.sparse import linear
 from idl.maps.affine import AffineMap
 from idl.maps.base import Parameters, ParametricMap
-from idl.maps.closure import captured_tensors, pinned, with_captured
+from idl.maps.binding import pinned
+from idl.maps.closure import captured_tensors, with_captured
 from idl.maps.general import GeneralMap
 from idl.maps.layout import StateLayout
 from idl.solvers.adaptive import Adaptive

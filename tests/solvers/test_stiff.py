@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from idl import Adaptive, Anderson, ImplicitFunctionInf, Newton, Picard, equilibrium
+from idl import Adaptive, Anderson, ImplicitFunctionInf, Newton, Picard, activations, equilibrium
+from idl.linalg.operators import Dense
+from idl.maps.affine import affine_problem
 
 
 def drawn(*shape, seed):
@@ -185,3 +187,88 @@ def test_a_stiff_map_is_solved_on_both_sides_of_the_size_up_to_which_rows_are_so
     solution = solved(A, u, Adaptive())
     assert bool(solution.converged.all())
     assert relative_error(solution.x, exact) <= 1e-4
+
+
+def reading(n, *shifts, gains=None):
+    """Each unit reads those that lie ``shifts`` behind it on a ring."""
+    eye = torch.eye(n, dtype=torch.float64)
+    return sum(gain * eye.roll(shift, 0) for shift, gain in zip(shifts, gains or [1.0] * len(shifts), strict=True))
+
+
+def chain(n, own):
+    """Each unit reads the next and, ``own`` times, itself; the last one nothing or itself."""
+    return own * torch.eye(n, dtype=torch.float64) + torch.diag(torch.ones(n - 1, dtype=torch.float64), 1)
+
+
+def chosen(n, count, seed=0):
+    """Each unit reads ``count`` others, drawn at random."""
+    order = torch.rand(n, n, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    return torch.zeros(n, n, dtype=torch.float64).scatter_(1, order[:, :count], 1.0)
+
+
+def tree(n):
+    """Each unit reads its parent in a binary tree; the root reads itself."""
+    A, unit = torch.zeros(n, n, dtype=torch.float64), torch.arange(1, n)
+    A[unit, (unit - 1) // 2], A[0, 0] = 1.0, 1.0
+    return A
+
+
+FEW_NEIGHBOURS = {
+    # Signs settle one after another along these: many Newton steps, while the residual rises.
+    "a ring": lambda n: reading(n, 1),
+    "a ring with its own state": lambda n: reading(n, 0, 1),
+    "a ring of both neighbours": lambda n: reading(n, 1, -1),
+    "a ring with a shortcut": lambda n: reading(n, 1, n // 2, gains=[1.0, 0.1]),
+    "a ring of both signs": lambda n: reading(n, 1, 2, gains=[1.0, -0.5]),
+    "a chain": lambda n: chain(n, 0.0),
+    "a chain with its own state": lambda n: chain(n, 1.0),
+    "a tree": tree,
+    "one other unit": lambda n: chosen(n, 1),
+    "three other units": lambda n: chosen(n, 3),
+}
+
+
+def sparse(name, n, kappa, dtype=torch.float32):
+    """Return ``A`` with rows of ``kappa`` and inputs of rank 8, as a trained model has them."""
+    A = FEW_NEIGHBOURS[name](n)
+    A = A * kappa / A.abs().sum(1, keepdim=True).clamp_min(1.0)
+    return A.to(dtype), (drawn(16, 8, seed=0) @ drawn(8, n, seed=1) / 2).to(dtype)
+
+
+@pytest.mark.parametrize("solver", [Adaptive(), Newton()], ids=repr)
+@pytest.mark.parametrize("kappa", [0.99, 0.999])
+@pytest.mark.parametrize("n", [100, 400])
+@pytest.mark.parametrize("name", FEW_NEIGHBOURS)
+def test_units_that_read_few_others_are_solved_within_the_default_steps(name, n, kappa, solver):
+    A, u = sparse(name, n, kappa)
+    solution = solved(A, u, solver, on_failure="raise")
+    x = solution.x.double()
+    residual = (torch.relu(x @ A.double().T + u.double()) - x).abs().amax(1)  # error <= residual / (1 - kappa)
+    assert bool((residual <= (2 * torch.finfo(torch.float32).eps * x.abs().amax(1)).clamp_min(solver.atol)).all())
+    assert int(solution.steps.max()) <= 302
+
+
+@pytest.mark.parametrize("name", FEW_NEIGHBOURS)
+def test_the_gradient_of_units_that_read_few_others_is_that_of_a_dense_solve(name):
+    A, u = sparse(name, 100, 0.99)
+    u.requires_grad_()
+    x = solved(A, u, Adaptive(), on_failure="raise").x
+    x.square().sum().backward()
+    for row, gradient in zip(x.detach().double(), u.grad.double(), strict=True):
+        slope = (row > 0).double()
+        expected = slope * torch.linalg.solve(torch.eye(100, dtype=torch.float64) - A.double().T * slope, 2 * row)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", [name for name in FEW_NEIGHBOURS if "signs" not in name])
+def test_direct_newton_steps_on_a_nonnegative_matrix_rise_to_the_solution(name):
+    A, u = sparse(name, 60, 0.99, torch.float64)
+    problem = affine_problem(Dense(A), u, activations.relu)
+    newton, x = Newton(), torch.relu(u)
+    state = newton.begin(problem, x, newton.tolerance(problem, x))
+    state, _ = newton.step(problem, state._replace(krylov_solves=torch.zeros_like(state.residual)), 300)
+    for _ in range(60):  # each step turns on at least one of as many units
+        before = state.point
+        state, _ = newton.step(problem, state, 300)
+        assert bool((state.point >= before - 1e-9 * (1 + before.abs())).all())
+    assert float(state.residual.max()) <= 1e-10

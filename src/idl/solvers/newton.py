@@ -10,7 +10,9 @@ from idl.linalg.krylov import gcr
 from idl.solvers.base import AbstractFixedPointSolver, Problem, largest_ratio
 
 _INNER_STEPS = 24  # directions that are kept; a row that needs more restarts with the next outer step
+_KRYLOV_SOLVES = 6  # most stiff rows are solved by then; where signs settle one after another, LU is fewer products
 _STALE_STEPS = 10  # five nearly decoupled positive blocks settle within eight, at kappa = .999
+_ONE_SIGNED = 1e-2  # rounding and inexact solves leave gaps of the other sign, this small beside the largest
 _INNER_RTOL = 1e-2  # far from the solution more is wasted, close to it the next outer step refines
 
 
@@ -29,7 +31,9 @@ class NewtonState(NamedTuple):
     best_x: Tensor
     best_residual: Tensor
     stale: Tensor
-    """Newton steps since the best residual of a row."""
+    """Newton steps since a row had its best residual or a gap ``f(x) - x`` of one sign."""
+    krylov_solves: Tensor
+    """Krylov solves that a row is still given before it is solved directly, where it can be."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,15 @@ class Newton(AbstractFixedPointSolver):
     The residual is evaluated, and the iterate kept, in float64 where the device has it, while the linear systems are
     solved in the precision of the input: iterative refinement, so that a nearly singular ``I - J`` costs steps and
     not accuracy. Systems are solved by generalised conjugate residuals, ``O(n^2)`` a product and matrix-free; rows on
-    which these stall are solved by LU, ``O(n^3)``; low-rank maps by the Woodbury identity, ``O(n r^2)``.
+    which these stall, or which six have not brought to an end, by LU, ``O(n^3)``, up to 1024 units; low-rank maps by
+    the Woodbury identity, ``O(n r^2)``.
 
-    Steps may raise the residual, as they do while the active set of a ReLU settles. Safeguard: a row that has not
-    improved on its best for ten steps goes back there and takes a Picard step, so that where the map contracts it
-    gets closer in any case.
+    Steps may raise the residual, as they do while the active set of a ReLU settles. With a ReLU and a contracting ``A``
+    without negative entries ``I - J`` is an M-matrix: from the second exact step on ``f(x) - x`` has one sign, ``x``
+    moves monotonically, and arrives after finitely many (Brugnano, Casulli: Iterative Solution of Piecewise Linear
+    Systems, SIAM J. Sci. Comput. 30(1), 2008), whatever the residual does meanwhile. Safeguard for rows that do not
+    move so: one that has not improved on its best for ten steps goes back there and takes a Picard step, so that where
+    the map contracts it gets closer in any case.
 
     Its linear model is of one row at a time: on a map that couples samples it is safe but may be slow.
 
@@ -72,15 +80,15 @@ class Newton(AbstractFixedPointSolver):
         point = x.to(value.dtype)
         residual = problem.distance(value, point)
         unknown = torch.full_like(residual, torch.inf)
-        stale = torch.zeros_like(residual)
+        krylov_solves = torch.full_like(residual, _KRYLOV_SOLVES)
         worst = largest_ratio(residual, tolerance)
         seen = (value, residual, unknown, tolerance, worst, worst == 0, None)
-        return NewtonState(*seen, point, slope, value, residual, stale)
+        return NewtonState(*seen, point, slope, value, residual, torch.zeros_like(residual), krylov_solves)
 
     def step(self, problem: Problem, state: NewtonState, budget: int) -> tuple[NewtonState, int]:
         """Take one Newton step, all rows at once."""
         defect = (state.point - state.x).to(state.slope.dtype)
-        correction, failed, spent = self._solve(problem, state.slope, defect, budget)
+        correction, failed, krylov_solves, spent = self._solve(problem, state, defect, budget)
         lost = (state.stale >= _STALE_STEPS) & (state.residual > 0) | ~state.residual.isfinite()
         point = torch.where(lost[:, None], state.best_x, state.point - correction)
         value, slope = problem.linearise(point)
@@ -90,6 +98,7 @@ class Newton(AbstractFixedPointSolver):
         error = problem.norm(correction) * (residual / state.residual).clamp_min(0.1)
         error = torch.where(state.residual == 0, 0, torch.where(lost | failed, torch.inf, error))
         better = residual < state.best_residual
+        on_its_way = better | _one_signed(value - point)
         return NewtonState(
             value,
             residual,
@@ -102,23 +111,40 @@ class Newton(AbstractFixedPointSolver):
             slope,
             torch.where(better[:, None], value, state.best_x),
             torch.where(better, residual, state.best_residual),
-            torch.where(better | lost, 0, state.stale + 1),
+            torch.where(on_its_way | lost, 0, state.stale + 1),
+            krylov_solves,
         ), spent + 1
 
-    def _solve(self, problem: Problem, slope: Tensor, defect: Tensor, budget: int) -> tuple[Tensor, Tensor, int]:
-        """Return the correction of each row, where it solves nothing, and the products that took."""
+    def _solve(
+        self, problem: Problem, state: NewtonState, defect: Tensor, budget: int
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return the correction of each row, where it solves nothing, the Krylov solves left, and the products."""
+        slope, left = state.slope, state.krylov_solves
+        failed = torch.zeros_like(left, dtype=torch.bool)
         if problem.solve_is_cheap:
-            correction = problem.solve(slope, defect)
-            return correction, torch.zeros_like(defect[:, 0], dtype=torch.bool), 1
-        correction, reduction, products = gcr(
-            lambda v: v - problem.product(slope, v),
-            defect,
-            rtol=_INNER_RTOL,
-            max_steps=max(1, min(_INNER_STEPS, budget - 2)),
-        )
-        stalled = reduction > 0.5
-        if problem.can_solve and bool(stalled.any()):
-            correction[stalled] = problem.solve(slope[stalled], defect[stalled])
-            stalled = torch.zeros_like(stalled)
-            products += 1
-        return correction, stalled, products
+            return problem.solve(slope, defect), failed, left, 1
+        correction, products = torch.zeros_like(defect), 0
+        rows = left.nonzero()[:, 0]
+        if len(rows):
+            slopes = slope[rows]
+            correction[rows], reduction, products = gcr(
+                lambda v: v - problem.product(slopes, v),
+                defect[rows],
+                rtol=_INNER_RTOL,
+                max_steps=max(1, min(_INNER_STEPS, budget - 2)),
+            )
+            failed[rows] = reduction > 0.5
+        if problem.can_solve:
+            direct = failed | (left == 0)
+            if bool(direct.any()):
+                correction[direct] = problem.solve(slope[direct], defect[direct])
+                products += 1
+            left = torch.where(direct, 0, left - 1)
+            failed = torch.zeros_like(failed)
+        return correction, failed, left, products
+
+
+def _one_signed(gaps: Tensor) -> Tensor:
+    """Return which rows have gaps ``f(x) - x`` of one sign, but for what inexact solves leave."""
+    above, below = gaps.clamp_min(0).amax(1), gaps.clamp_max(0).abs().amax(1)
+    return torch.minimum(above, below) <= _ONE_SIGNED * torch.maximum(above, below)

@@ -18,7 +18,7 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 DOCS_STAMP := $(DOCS_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test notebook lint bench bench-sim bench-rnn bench-attention docs docs-serve install clean
+.PHONY: help demo test notebook lint bench bench-sim bench-rnn bench-attention bench-gpu docs docs-serve install clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench-rnn: $(BENCH_STAMP)  ## measure ImplicitRNN beside torchidl's, nn.GRU and 
 
 bench-attention: $(BENCH_STAMP)  ## measure implicit attention beside explicit attention
 	$(BENCH_VENV)/bin/python benchmarks/attention.py $(ARGS)
+
+bench-gpu: $(BENCH_STAMP)  ## measure all models on an NVIDIA GPU, beside the peers and explicit layers
+	$(BENCH_VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 # Material's notice about the next major version of mkdocs, which is not installed here, is switched off.
 docs: export NO_MKDOCS_2_WARNING := 1

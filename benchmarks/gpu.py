@@ -1,6 +1,6 @@
 """Measure all models on a GPU, beside the peers and explicit layers.
 
-    make bench-gpu                                # all of it, about three minutes
+    make bench-gpu                                # all of it, about two minutes
     make bench-gpu ARGS="--smoke --device cpu"    # every section at toy size, without a GPU: does it run?
 
 Writes gpu.json and .md to the folder of --out. Nothing here passes or fails.
@@ -50,7 +50,8 @@ class Settings:
         implicit_rnn.Shape(64, 256, 128, 128),
     )
     # Parallel in time: (batch, time, states).
-    long: tuple[tuple[int, int, int], ...] = ((1, 1000, 16), (1, 10_000, 16), (16, 1000, 16))
+    long: tuple[tuple[int, int, int], ...] = ((1, 1000, 16), (16, 1000, 16), (1, 4000, 16))
+    long_turns: Turns = Turns(seconds=0, fewest=3, most=3, warm=0, timed=1)  # noqa: RUF009
     # Attention: batch, time, n_embd and the size of a head, of which there are n_embd / head_size.
     heads: tuple[attention.Shape, ...] = (
         attention.Shape(8, 256, 384, 192),
@@ -58,7 +59,7 @@ class Settings:
         attention.Shape(32, 512, 768, 64),
     )
     tol: float = 1e-5
-    turns: Turns = Turns(seconds=4, fewest=5, most=50, warm=1, timed=3)  # noqa: RUF009
+    turns: Turns = Turns(seconds=3, fewest=3, most=50, warm=1, timed=3)  # noqa: RUF009
 
     def smoke(self) -> "Settings":
         """Return the same at toy size."""
@@ -165,6 +166,11 @@ def measure_recurrent(settings: Settings) -> list[dict[str, Any]]:
     rows = []
     for shape in settings.recurrent:
         models = implicit_rnn.contestants(shape, settings.seed)
+        together = ImplicitRNN(
+            1, 1, shape.hidden, shape.implicit, low_rank=shape.rank is not None, rank=shape.rank, parallel_in_time=True
+        )
+        together.load_state_dict(models["ours"].state_dict())
+        models = {"ours": models.pop("ours"), "ours, parallel in time": together, **models}
         generator = torch.Generator().manual_seed(settings.seed)
         sequences = torch.randn(shape.batch, shape.time, 1, generator=generator).to(settings.device)
         targets = torch.randn(shape.batch, 1, generator=generator).to(settings.device)
@@ -188,7 +194,7 @@ def measure_long(settings: Settings) -> list[dict[str, Any]]:
             torch.manual_seed(settings.seed)
             model = ImplicitRNN(1, 1, n, n, activation="tanh", parallel_in_time=parallel).to(settings.device)
             steps[name] = partial(implicit_rnn.training_step, model, sequences, targets)
-        rows.append(row(f"{batch}, {time}, {n}, {n}", steps, settings))
+        rows.append(row(f"{batch}, {time}, {n}, {n}", steps, replace(settings, turns=settings.long_turns)))
     return rows
 
 
@@ -227,7 +233,7 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["", f"## {title}", "", f"| | {' | '.join(names)} | steps of ours |", "|---|" + "---:|" * (len(names) + 1)]
     for entry in rows:
         notes = {name: f" ({error:.0e})" for name, error in entry.get("errors", {}).items()}
-        notes |= {name: f" ({peak:.0f} MiB)" for name, peak in entry["peak MiB"].items() if name not in notes}
+        notes |= {name: f" ({peak:.2g} MiB)" for name, peak in entry["peak MiB"].items() if name not in notes}
         cells = (f"{entry['milliseconds'][name]['median']:.2f}{notes.get(name, '')}" for name in names)
         lines.append(f"| {entry['problem']} | {' | '.join(cells)} | {entry.get('our_steps', '')} |")
     return lines

@@ -216,7 +216,7 @@ def test_sim_fits_on_the_gpu_what_it_fits_on_the_cpu(name):
     assert sim.predict(moved[0]).device.type == DEVICE
     close(sim.predict(moved[0]), expected.predict(inputs[0]), rtol=1e-2, atol=2e-2)
     assert float(sim.model_.state_matrix().detach().abs().sum(1).max()) <= 0.99
-    assert str(sim.certificate_).splitlines()[0] == str(expected.certificate_).splitlines()[0]
+    assert sim.certificate_.feasible and sim.certificate_.uncertified == ([], [])
 
 
 def test_a_sparse_model_predicts_on_the_gpu_and_comes_back():

@@ -166,11 +166,6 @@ def measure_recurrent(settings: Settings) -> list[dict[str, Any]]:
     rows = []
     for shape in settings.recurrent:
         models = implicit_rnn.contestants(shape, settings.seed)
-        together = ImplicitRNN(
-            1, 1, shape.hidden, shape.implicit, low_rank=shape.rank is not None, rank=shape.rank, parallel_in_time=True
-        )
-        together.load_state_dict(models["ours"].state_dict())
-        models = {"ours": models.pop("ours"), "ours, parallel in time": together, **models}
         generator = torch.Generator().manual_seed(settings.seed)
         sequences = torch.randn(shape.batch, shape.time, 1, generator=generator).to(settings.device)
         targets = torch.randn(shape.batch, 1, generator=generator).to(settings.device)

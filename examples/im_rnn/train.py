@@ -131,9 +131,11 @@ def forecast(model: nn.Module, data: Labelled) -> Tensor:
 def main(
     dataset: Annotated[Dataset, typer.Option(help="What to learn.")] = Dataset["spiky"],  # type: ignore[valid-type]
     model: Annotated[Model, typer.Option(help="Which model.")] = Model["implicit"],  # type: ignore[valid-type]
-    hidden_dim: Annotated[int, typer.Option(min=1, help="Size of the hidden state h.")] = Settings.hidden_dim,
+    hidden_dim: Annotated[
+        int, typer.Option(min=1, help="Size of the hidden state h of implicit; others have as many parameters.")
+    ] = Settings.hidden_dim,
     implicit_hidden_dim: Annotated[
-        int, typer.Option(min=1, help="Size of the equilibrium x, of implicit.")
+        int, typer.Option(min=1, help="Size of the equilibrium x of implicit; likewise.")
     ] = Settings.implicit_hidden_dim,
     epochs: Annotated[
         int | None, typer.Option(min=1, help=f"Passes over the training data; {_EPOCHS} by default.")

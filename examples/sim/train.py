@@ -240,8 +240,10 @@ def main(
         int | None,
         typer.Option(min=1, help=f"Passes over the training data, of the teacher; {Settings.epochs} by default."),
     ] = None,
-    lam: Annotated[float, typer.Option(help="Weight of the l1 penalty.")] = Settings.lam,
-    keep: Annotated[float | None, typer.Option(help="Part of the teacher's weights to keep, instead.")] = None,
+    lam: Annotated[float, typer.Option(help="Weight of the l1 penalty, above 0.")] = Settings.lam,
+    keep: Annotated[
+        float | None, typer.Option(help="Part of the teacher's weights to keep instead, in (0, 1).")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Images that SIM sees; all by default.")] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Decides weights and order of samples.")

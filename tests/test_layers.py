@@ -23,6 +23,7 @@ BELOW = {
     "recurrence": "errors checks transforms activations linalg solvers maps",
     "differentiation": "errors checks transforms activations linalg solvers maps recurrence",
     "equilibrium": "errors checks transforms activations linalg solvers maps differentiation",
+    "fixed_points": "checks transforms solvers maps differentiation",
     "sequence": "errors checks transforms activations linalg solvers maps recurrence differentiation equilibrium",
     "functions": "errors checks transforms activations linalg solvers maps recurrence differentiation equilibrium "
     "sequence wellposed",

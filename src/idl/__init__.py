@@ -2,8 +2,9 @@
 
 from idl.activations import Activation
 from idl.differentiation import ImplicitAdjoint, PhantomAdjoint, UnrolledAdjoint
-from idl.equilibrium import equilibrium, fixed_point
+from idl.equilibrium import equilibrium
 from idl.errors import ConvergenceError, ConvergenceWarning
+from idl.fixed_points import fixed_point
 from idl.functions import ImplicitFunction, ImplicitFunctionInf, ImplicitFunctionTriu
 from idl.nn import IDLAttention, IDLHead, ImplicitModel, ImplicitRNN, ImplicitRNNCell
 from idl.sim import SIM

@@ -9,13 +9,14 @@ from idl import activations, checks
 from idl.activations import Activation
 from idl.differentiation.base import AbstractAdjoint, OnFailure
 from idl.differentiation.implicit import ImplicitAdjoint
-from idl.equilibrium import Attempt, attempt, check_tensors, eagerly
+from idl.equilibrium import Attempt, attempt, check_tensors
 from idl.linalg.operators import StateMatrix
 from idl.recurrence.timeline import Timeline
 from idl.sequence import Trajectory, solve_sequence
 from idl.solvers.adaptive import Adaptive
 from idl.solvers.base import AbstractFixedPointSolver, Solution
 from idl.solvers.substitution import BackSubstitution
+from idl.transforms import eagerly
 from idl.wellposed.base import AbstractConstraint, Free
 from idl.wellposed.inf_norm import InfNorm
 from idl.wellposed.triangular import StrictlyTriangular

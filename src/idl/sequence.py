@@ -11,7 +11,7 @@ from idl.activations import Activation
 from idl.differentiation.base import AbstractAdjoint, FailureReport, OnFailure
 from idl.differentiation.implicit import ImplicitAdjoint, without_autocast
 from idl.differentiation.recurrent import Outputs, trajectory
-from idl.equilibrium import advice, measured_residual, parametric_map
+from idl.equilibrium import advice, parametric_map
 from idl.linalg.operators import StateMatrix, to_precise
 from idl.maps.affine import AffineMap
 from idl.maps.base import Parameters, ParametricMap
@@ -67,7 +67,7 @@ class Trajectory(NamedTuple):
             wide = to_precise if self.exact else (lambda tensor: tensor.to(x.dtype))
             both = torch.cat((wide(u), wide(self.pairs[:, len(B) :])), 1)
             Z = F.linear(both, wide(B), None if bias is None else wide(bias))
-        return measured_residual(self.parametric, (Z, *self.parameters), x)
+        return self.parametric.residual((Z, *self.parameters), x)
 
 
 def solve_sequence(

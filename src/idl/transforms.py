@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def transforms_are_active() -> bool:
@@ -44,3 +47,11 @@ def _primal(tensor: Tensor) -> Tensor:
         return tensor
     primal: Tensor = forward_ad.unpack_dual(tensor, level=0).primal  # type: ignore[no-untyped-call]
     return primal
+
+
+def eagerly(function: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwargs) -> _T:
+    """Call ``function`` outside any graph that torch.compile is tracing: its loops depend on the data."""
+    if torch.compiler.is_compiling():
+        # Here and not as a decorator, which would load the compiler with the library.
+        function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return function(*arguments, **keywords)

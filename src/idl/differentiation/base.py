@@ -108,3 +108,9 @@ class AbstractAdjoint(ABC):
             parameters: Parameters of the map.
             report: What to do about rows that do not converge.
         """
+
+
+def check_methods(solver: object, adjoint: object) -> None:
+    """Check that a solver and an adjoint are such."""
+    checks.instance("solver", solver, AbstractFixedPointSolver, "Try Adaptive().")
+    checks.instance("adjoint", adjoint, AbstractAdjoint, "Try ImplicitAdjoint().")

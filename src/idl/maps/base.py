@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from idl.solvers.base import Problem
@@ -60,6 +61,14 @@ class ParametricMap(ABC):
 
         The rows of one mapped index stay together. ``None`` where the map cannot do it at once.
         """
+
+    def residual(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """Return ``|f(x) - x|`` of each row, largest entry, as exact as the map can evaluate it."""
+        x = x.detach()
+        with torch.no_grad():
+            value, _ = self.at(tuple(p.detach() for p in parameters)).linearise(x)
+            residual: Tensor = torch.linalg.vector_norm(value - x, torch.inf, dim=1)
+            return residual.to(x.dtype)
 
 
 def add(*terms: Tensor | None) -> Tensor | None:

@@ -8,7 +8,10 @@ from functools import lru_cache, partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from idl.transforms import transforms_are_active
 
 # Objects that are looked into for what a function reads: enough for any model, few beside a solve.
 _MOST_OBJECTS = 10_000
@@ -20,8 +23,10 @@ def pinned(function: Callable[..., Any], captured: list[Tensor]) -> Callable[...
 
     The variables of closures and globals that it reads are what they are now, and the captured tensors are where they
     are now: parameters, buffers and other attributes of modules and objects, items of lists and dicts. What is there
-    by the time of a call is put back after it.
+    by the time of a call is put back after it. Where nothing can be differentiated later it is ``function`` itself.
     """
+    if not torch.is_grad_enabled() and not transforms_are_active():
+        return function
     places = _places(function, captured)
 
     def as_it_was(*arguments: Any) -> Any:

@@ -15,11 +15,11 @@ from idl.differentiation.base import AbstractAdjoint, OnFailure
 from idl.differentiation.implicit import ImplicitAdjoint
 from idl.differentiation.phantom import PhantomAdjoint
 from idl.differentiation.unrolled import UnrolledAdjoint
-from idl.equilibrium import eagerly
 from idl.functions import check_used
 from idl.linalg.operators import Dense, Factored, StateMatrix
 from idl.solvers.adaptive import Adaptive
 from idl.solvers.base import AbstractFixedPointSolver
+from idl.transforms import eagerly
 from idl.wellposed.inf_norm import InfNorm
 
 Version = Literal["softmax", "lipschitz"]

@@ -69,7 +69,13 @@ REFUSED = [
         checks.floating_tensor,
         torch.ones(1, dtype=torch.complex64),
         TypeError,
-        "`x` must have a floating-point dtype; got torch.complex64. Try x.float().",
+        "`x` must have a floating-point dtype; got torch.complex64. Try torch.cat([x.real, x.imag], -1).",
+    ),
+    (
+        checks.dense_tensor,
+        torch.eye(2).to_sparse(),
+        TypeError,
+        "`x` must be a dense tensor; got layout torch.sparse_coo. Try x.to_dense().",
     ),
 ]
 

@@ -103,12 +103,21 @@ def instance(name: str, value: _T, kind: type, advice: str) -> _T:
 
 
 def floating_tensor(name: str, value: object) -> Tensor:
-    """Return ``value`` if it is a real floating-point tensor."""
+    """Return ``value`` if it is a tensor of real floating-point numbers."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}. Try torch.as_tensor({name}).")
     if not value.is_floating_point():
-        raise TypeError(f"`{name}` must have a floating-point dtype; got {value.dtype}. Try {name}.float().")
+        another = f"torch.cat([{name}.real, {name}.imag], -1)" if value.is_complex() else f"{name}.float()"
+        raise TypeError(f"`{name}` must have a floating-point dtype; got {value.dtype}. Try {another}.")
     return value
+
+
+def dense_tensor(name: str, value: object) -> Tensor:
+    """Return ``value`` if it is a dense tensor of real floating-point numbers."""
+    tensor = floating_tensor(name, value)
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"`{name}` must be a dense tensor; got layout {tensor.layout}. Try {name}.to_dense().")
+    return tensor
 
 
 def square_matrix(name: str, value: object) -> Tensor:

@@ -29,7 +29,7 @@ class StateLayout:
             raise ValueError("`x0` must hold at least one tensor; got an empty structure.")
         named = {f"x0[{i}]" if len(leaves) > 1 else "x0": leaf for i, leaf in enumerate(leaves)}
         for name, leaf in named.items():
-            checks.floating_tensor(name, leaf)
+            checks.dense_tensor(name, leaf)
         checks.same_device_and_dtype(named)
         self.dtype = leaves[0].dtype
         self.shapes = [leaf.shape for leaf in leaves]

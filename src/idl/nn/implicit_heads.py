@@ -221,7 +221,7 @@ class ImplicitHeads(nn.Module):
 
     def _tokens(self, tokens: Tokens) -> Tokens:
         """Return the tokens if they fit, with a draw of what dropout keeps."""
-        u, past, count = checks.floating_tensor("u", tokens.u), tokens.past, self.B.shape[:-2].numel()
+        u, past, count = checks.dense_tensor("u", tokens.u), tokens.past, self.B.shape[:-2].numel()
         if u.dim() != 3 or u.shape[2] != self.n_embd or not u.shape[1]:
             raise ValueError(
                 f"`u` must have shape (batch, time, {self.n_embd}) with at least one time; got {tuple(u.shape)}."

@@ -133,7 +133,7 @@ class ImplicitModel(nn.Module):
             TypeError, ValueError: If the shape, dtype or device does not fit the parameters.
             ConvergenceError: If a sample did not converge and ``f`` has ``on_failure="raise"``.
         """
-        u = self._flattened(checks.floating_tensor("u", u))
+        u = self._flattened(checks.dense_tensor("u", u))
         A, B, C, D = self._matrices()
         if not checks.boolean("return_solution", return_solution):
             return self._output(self.f(A, B, u, bias=self.bias, x0=x0), u, C, D)

@@ -124,7 +124,7 @@ class ImplicitRNNCell(nn.Module):
             TypeError, ValueError: If a shape, dtype or device does not fit.
             ConvergenceError: If a sample did not converge and ``f`` has ``on_failure="raise"``.
         """
-        u = checks.floating_tensor("u", u)
+        u = checks.dense_tensor("u", u)
         if u.dim() == 0 or u.shape[-1] != self.input_dim:
             raise ValueError(f"`u` must have shape (..., {self.input_dim}); got {tuple(u.shape)}.")
         shape = (*u.shape[:-1], self.hidden_dim)

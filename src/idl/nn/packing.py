@@ -84,7 +84,7 @@ def pack(u: Any, lengths: Any, input_dim: int, batch_first: bool) -> tuple[Tenso
     """
     if isinstance(u, PackedSequence):
         return _unwrapped(u, lengths, input_dim)
-    u = checks.floating_tensor("u", u)
+    u = checks.dense_tensor("u", u)
     batched, batch_axis = u.dim() == 3, 0 if batch_first else 1
     if u.dim() not in (2, 3) or u.shape[-1] != input_dim:
         shape = f"(batch, time, {input_dim})" if batch_first else f"(time, batch, {input_dim})"

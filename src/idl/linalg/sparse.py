@@ -1,6 +1,8 @@
 """Products with matrices of few non-zeros, in compressed rows (CSR), for inference: no gradient flows to them."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,15 +23,24 @@ def compression_pays(matrix: Tensor) -> bool:
 
 def compressed(matrix: Tensor) -> Tensor:
     """Return a dense matrix in compressed rows, without its gradient."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+    with _quiet():
         return matrix.detach().to_sparse_csr()
 
 
 def with_values(matrix: Tensor, values: Tensor) -> Tensor:
     """Return a matrix in compressed rows with other values in the places of ``matrix``."""
     places = matrix.crow_indices(), matrix.col_indices()
-    return torch.sparse_csr_tensor(*places, values, matrix.shape, check_invariants=False)
+    with _quiet():
+        return torch.sparse_csr_tensor(*places, values, matrix.shape, check_invariants=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what torch says once of compressed rows: they are young and, in 2.11 whatever is passed, unchecked."""
+    with warnings.catch_warnings():
+        for message in ("Sparse CSR tensor support is in beta", "Sparse invariant checks are implicitly disabled"):
+            warnings.filterwarnings("ignore", message, UserWarning)
+        yield
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from idl import ImplicitFunction, ImplicitFunctionTriu, ImplicitModel, Newton
+from idl import ConvergenceWarning, ImplicitFunction, ImplicitFunctionTriu, ImplicitModel, Newton
 from idl.linalg import sparse as compressed_rows
 from idl.linalg.operators import Sparse
 from idl.nn import SparseImplicitModel
@@ -476,6 +476,14 @@ def test_repr_counts_what_is_kept():
         dense.A.triu_(1)
         dense.D.zero_()
     assert "weights: A 3, B 6, C 3, D 0" in repr(SparseImplicitModel(dense))
+
+
+def test_a_solve_in_compressed_rows_that_fails_warns_with_advice(eager_to_compress):
+    model, _ = sparse(mitr=2, scale=5.0)
+    with torch.no_grad():
+        assert isinstance(in_use(model)[0], Sparse)
+        with pytest.warns(ConvergenceWarning, match=r"max row sum of \|A\| is 0\.99"):
+            model(inputs(3, 40))
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,6 @@ def row_sums(A: Tensor) -> Tensor:
 def inf_norm(matrix: StateMatrix) -> Tensor:
     r"""Return :math:`\|A\|_\infty`, the largest row sum of ``|A|``; a low-rank ``A`` is multiplied out in chunks."""
     if isinstance(matrix, Dense):
-        return row_sums(matrix.matrix).amax()
+        return row_sums(matrix.dense()).amax()  # compressed rows have no sums
     chunks = torch.split(matrix.left, 1024)  # rows at a time, so that n^2 numbers are never held
     return torch.stack([row_sums(rows @ matrix.right.T).amax() for rows in chunks]).amax()

@@ -5,7 +5,7 @@ import torch
 
 from idl import Adaptive, Anderson, ImplicitFunctionInf, Newton, Picard, activations, equilibrium
 from idl.linalg.operators import Dense
-from idl.maps.affine import affine_problem
+from idl.maps.affine import SlopedMap, affine_problem
 
 
 def drawn(*shape, seed):
@@ -272,3 +272,31 @@ def test_direct_newton_steps_on_a_nonnegative_matrix_rise_to_the_solution(name):
         state, _ = newton.step(problem, state, 300)
         assert bool((state.point >= before - 1e-9 * (1 + before.abs())).all())
     assert float(state.residual.max()) <= 1e-10
+
+
+def begun(row_sum, activation=activations.relu):
+    """Return Newton's first state on a positive matrix with these row sums."""
+    problem = affine_problem(Dense(positive(20, row_sum, seed=0)), drawn(4, 20, seed=1), activation)
+    newton, x = Newton(), drawn(4, 20, seed=2)
+    return newton.begin(problem, x, newton.tolerance(problem, x))
+
+
+def test_all_is_solved_directly_in_the_end_only_where_the_map_is_proved_to_contract():
+    # Elsewhere there may be no fixed point, and LU in every step until that is clear takes too long.
+    assert bool(begun(0.99).krylov_solves.isfinite().all())
+    assert not bool(begun(1.01).krylov_solves.isfinite().any())
+    steep = activations.Activation(lambda z: 2 * z, lambda z: torch.full_like(z, 2.0), lipschitz=2.0, name="steep")
+    assert not bool(begun(0.99, steep).krylov_solves.isfinite().any())
+    assert bool(begun(0.49, steep).krylov_solves.isfinite().all())
+    unknown = activations.Activation(torch.relu, activations.relu.derivative, name="unknown")
+    assert not bool(begun(0.99, unknown).krylov_solves.isfinite().any())
+
+
+@pytest.mark.parametrize("order", [1.0, torch.inf])
+@pytest.mark.parametrize("steepest", [0.5, 1.0, 2.0])
+def test_a_linear_map_is_said_to_contract_where_its_norm_is_below_one(order, steepest):
+    A, slope = drawn(6, 6, seed=0) / 4, steepest * torch.rand(3, 6, dtype=torch.float64)
+    slope[:, 0] = steepest
+    problem = SlopedMap(Dense, order).at((slope, drawn(3, 6, seed=1), A))
+    norm = torch.linalg.matrix_norm(steepest * A, 1 if order == 1 else torch.inf)
+    assert problem.contracts == (float(norm) < 1)

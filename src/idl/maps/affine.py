@@ -10,6 +10,7 @@ from torch import Tensor
 
 from idl import activations
 from idl.activations import Activation
+from idl.linalg.norms import inf_norm
 from idl.linalg.operators import Dense, StateMatrix, StrictlyLower, StrictlyUpper, to_precise
 from idl.maps.base import Adjoint, Parameters, ParametricMap, add, front
 from idl.solvers.base import Problem
@@ -246,6 +247,11 @@ class _AffineProblem(MatrixProblem):
         eased = easier_relu(self.state_matrix) if self.activation == activations.relu else None
         return self if eased is None else _AffineProblem(eased[0], self.Z * eased[1], self.activation)
 
+    @property
+    def contracts(self) -> bool:
+        lipschitz = self.activation.lipschitz
+        return lipschitz is not None and lipschitz * float(inf_norm(self.state_matrix)) < 1
+
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.state_matrix.precise.apply(to_precise(x)) + self.Z
         return self.activation(z), self.activation.slope(z).to(self.Z.dtype)
@@ -287,6 +293,12 @@ class _SlopedProblem(MatrixProblem):
             return self
         state_matrix, gain = eased
         return _SlopedProblem(state_matrix, self.slope * gain, self.source * gain, self.order)
+
+    @property
+    def contracts(self) -> bool:
+        state_matrix = self.state_matrix.transpose() if self.order == 1 else self.state_matrix
+        steepest = float(self.slope.abs().max()) if self.slope.numel() else 0.0
+        return steepest * float(inf_norm(state_matrix)) < 1
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.state_matrix.precise.apply(to_precise(x)) * self.slope + self.source, self.slope

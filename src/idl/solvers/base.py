@@ -103,6 +103,11 @@ class Problem(ABC):
         return self
 
     @property
+    def contracts(self) -> bool:
+        """Whether the map is proved to contract in its norm; to ask costs about what applying it costs."""
+        return False
+
+    @property
     def can_solve(self) -> bool:
         """Whether :meth:`solve` exists and is affordable at this size."""
         return False

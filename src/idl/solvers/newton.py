@@ -12,7 +12,7 @@ from idl.solvers.base import AbstractFixedPointSolver, Problem, largest_ratio
 _INNER_STEPS = 24  # directions that are kept; a row that needs more restarts with the next outer step
 _KRYLOV_SOLVES = 6  # most stiff rows are solved by then; where signs settle one after another, LU is fewer products
 _STALE_STEPS = 10  # five nearly decoupled positive blocks settle within eight, at kappa = .999
-_ONE_SIGNED = 1e-2  # rounding and inexact solves leave gaps of the other sign, this small beside the largest
+_ONE_SIGNED = 1e-2  # rounding and inexact solves leave entries of the other sign, this small beside the largest
 _INNER_RTOL = 1e-2  # far from the solution more is wasted, close to it the next outer step refines
 
 
@@ -31,9 +31,9 @@ class NewtonState(NamedTuple):
     best_x: Tensor
     best_residual: Tensor
     stale: Tensor
-    """Newton steps since a row had its best residual or a gap ``f(x) - x`` of one sign."""
+    """Newton steps since a row had its best residual, but for those on which it moved monotonically."""
     krylov_solves: Tensor
-    """Krylov solves that a row is still given before it is solved directly, where it can be."""
+    """Krylov solves that a row is still given before it is solved directly; infinitely many without a contraction."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class Newton(AbstractFixedPointSolver):
     The residual is evaluated, and the iterate kept, in float64 where the device has it, while the linear systems are
     solved in the precision of the input: iterative refinement, so that a nearly singular ``I - J`` costs steps and
     not accuracy. Systems are solved by generalised conjugate residuals, ``O(n^2)`` a product and matrix-free; rows on
-    which these stall, or which six have not brought to an end, by LU, ``O(n^3)``, up to 1024 units; low-rank maps by
-    the Woodbury identity, ``O(n r^2)``.
+    which these stall, and of a contraction those which six have not brought to an end, by LU, ``O(n^3)``, up to 1024
+    units; low-rank maps by the Woodbury identity, ``O(n r^2)``.
 
     Steps may raise the residual, as they do while the active set of a ReLU settles. With a ReLU and a contracting ``A``
     without negative entries ``I - J`` is an M-matrix: from the second exact step on ``f(x) - x`` has one sign, ``x``
     moves monotonically, and arrives after finitely many (Brugnano, Casulli: Iterative Solution of Piecewise Linear
-    Systems, SIAM J. Sci. Comput. 30(1), 2008), whatever the residual does meanwhile. Safeguard for rows that do not
-    move so: one that has not improved on its best for ten steps goes back there and takes a Picard step, so that where
-    the map contracts it gets closer in any case.
+    Systems, SIAM J. Sci. Comput. 30(1), 2008), whatever the residual does meanwhile. Safeguard: a row that has not
+    improved on its best in ten steps, those of a contraction on which it moves so not counted, goes back there and
+    takes a Picard step, so that where the map contracts it gets closer in any case.
 
     Its linear model is of one row at a time: on a map that couples samples it is safe but may be slow.
 
@@ -80,7 +80,9 @@ class Newton(AbstractFixedPointSolver):
         point = x.to(value.dtype)
         residual = problem.distance(value, point)
         unknown = torch.full_like(residual, torch.inf)
-        krylov_solves = torch.full_like(residual, _KRYLOV_SOLVES)
+        # Without a contraction there may be nothing to find, and LU at each step would find it at a high price.
+        in_the_end_directly = problem.can_solve and not problem.solve_is_cheap and problem.contracts
+        krylov_solves = torch.full_like(residual, _KRYLOV_SOLVES if in_the_end_directly else torch.inf)
         worst = largest_ratio(residual, tolerance)
         seen = (value, residual, unknown, tolerance, worst, worst == 0, None)
         return NewtonState(*seen, point, slope, value, residual, torch.zeros_like(residual), krylov_solves)
@@ -98,7 +100,8 @@ class Newton(AbstractFixedPointSolver):
         error = problem.norm(correction) * (residual / state.residual).clamp_min(0.1)
         error = torch.where(state.residual == 0, 0, torch.where(lost | failed, torch.inf, error))
         better = residual < state.best_residual
-        on_its_way = better | _one_signed(value - point)
+        direction = _sign(point - state.point)
+        monotone = (direction != 0) & (direction == _sign(value - point)) & krylov_solves.isfinite()
         return NewtonState(
             value,
             residual,
@@ -111,7 +114,7 @@ class Newton(AbstractFixedPointSolver):
             slope,
             torch.where(better[:, None], value, state.best_x),
             torch.where(better, residual, state.best_residual),
-            torch.where(on_its_way | lost, 0, state.stale + 1),
+            torch.where(better | lost, 0, state.stale + ~monotone),
             krylov_solves,
         ), spent + 1
 
@@ -124,7 +127,7 @@ class Newton(AbstractFixedPointSolver):
         if problem.solve_is_cheap:
             return problem.solve(slope, defect), failed, left, 1
         correction, products = torch.zeros_like(defect), 0
-        rows = left.nonzero()[:, 0]
+        rows = (left > 0).nonzero()[:, 0]
         if len(rows):
             slopes = slope[rows]
             correction[rows], reduction, products = gcr(
@@ -139,12 +142,12 @@ class Newton(AbstractFixedPointSolver):
             if bool(direct.any()):
                 correction[direct] = problem.solve(slope[direct], defect[direct])
                 products += 1
-            left = torch.where(direct, 0, left - 1)
+            left = torch.where(direct & left.isfinite(), 0, left - 1)
             failed = torch.zeros_like(failed)
         return correction, failed, left, products
 
 
-def _one_signed(gaps: Tensor) -> Tensor:
-    """Return which rows have gaps ``f(x) - x`` of one sign, but for what inexact solves leave."""
-    above, below = gaps.clamp_min(0).amax(1), gaps.clamp_max(0).abs().amax(1)
-    return torch.minimum(above, below) <= _ONE_SIGNED * torch.maximum(above, below)
+def _sign(x: Tensor) -> Tensor:
+    """Return 1 or -1 for the rows whose entries have one sign, but for what inexact solves leave, and 0 for others."""
+    above, below = x.clamp_min(0).amax(1), x.clamp_max(0).abs().amax(1)
+    return (below <= _ONE_SIGNED * above).int() - (above <= _ONE_SIGNED * below).int()

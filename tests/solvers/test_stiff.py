@@ -274,10 +274,10 @@ def test_direct_newton_steps_on_a_nonnegative_matrix_rise_to_the_solution(name):
     assert float(state.residual.max()) <= 1e-10
 
 
-def begun(row_sum, activation=activations.relu):
+def begun(row_sum, activation=activations.relu, n=20):
     """Return Newton's first state on a positive matrix with these row sums."""
-    problem = affine_problem(Dense(positive(20, row_sum, seed=0)), drawn(4, 20, seed=1), activation)
-    newton, x = Newton(), drawn(4, 20, seed=2)
+    problem = affine_problem(Dense(positive(n, row_sum, seed=0)), drawn(4, n, seed=1), activation)
+    newton, x = Newton(), drawn(4, n, seed=2)
     return newton.begin(problem, x, newton.tolerance(problem, x))
 
 
@@ -290,6 +290,11 @@ def test_all_is_solved_directly_in_the_end_only_where_the_map_is_proved_to_contr
     assert bool(begun(0.49, steep).krylov_solves.isfinite().all())
     unknown = activations.Activation(torch.relu, activations.relu.derivative, name="unknown")
     assert not bool(begun(0.99, unknown).krylov_solves.isfinite().any())
+
+
+def test_a_thousand_units_are_not_solved_directly_in_every_step():
+    assert bool(begun(0.99, n=512).krylov_solves.isfinite().all())
+    assert not bool(begun(0.99, n=513).krylov_solves.isfinite().any())
 
 
 @pytest.mark.parametrize("order", [1.0, torch.inf])

@@ -11,6 +11,7 @@ from idl.solvers.base import AbstractFixedPointSolver, Problem, largest_ratio
 
 _INNER_STEPS = 24  # directions that are kept; a row that needs more restarts with the next outer step
 _KRYLOV_SOLVES = 6  # most stiff rows are solved by then; where signs settle one after another, LU is fewer products
+_DIRECT_UP_TO = 512  # units; a hundred solves by LU of a thousand units take a hundred times as long as plain steps
 _STALE_STEPS = 10  # five nearly decoupled positive blocks settle within eight, at kappa = .999
 _ONE_SIGNED = 1e-2  # rounding and inexact solves leave entries of the other sign, this small beside the largest
 _INNER_RTOL = 1e-2  # far from the solution more is wasted, close to it the next outer step refines
@@ -33,7 +34,7 @@ class NewtonState(NamedTuple):
     stale: Tensor
     """Newton steps since a row had its best residual, but for those on which it moved monotonically."""
     krylov_solves: Tensor
-    """Krylov solves that a row is still given before it is solved directly; infinitely many without a contraction."""
+    """Krylov solves that a row is still given before it is solved directly; infinitely many where none ever is so."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Newton(AbstractFixedPointSolver):
     The residual is evaluated, and the iterate kept, in float64 where the device has it, while the linear systems are
     solved in the precision of the input: iterative refinement, so that a nearly singular ``I - J`` costs steps and
     not accuracy. Systems are solved by generalised conjugate residuals, ``O(n^2)`` a product and matrix-free; rows on
-    which these stall, and of a contraction those which six have not brought to an end, by LU, ``O(n^3)``, up to 1024
-    units; low-rank maps by the Woodbury identity, ``O(n r^2)``.
+    which these stall by LU, ``O(n^3)``, up to 1024 units; so are, up to 512 units, rows of a contraction that six have
+    not brought to an end. Low-rank maps are solved by the Woodbury identity, ``O(n r^2)``.
 
     Steps may raise the residual, as they do while the active set of a ReLU settles. With a ReLU and a contracting ``A``
     without negative entries ``I - J`` is an M-matrix: from the second exact step on ``f(x) - x`` has one sign, ``x``
@@ -80,8 +81,9 @@ class Newton(AbstractFixedPointSolver):
         point = x.to(value.dtype)
         residual = problem.distance(value, point)
         unknown = torch.full_like(residual, torch.inf)
-        # Without a contraction there may be nothing to find, and LU at each step would find it at a high price.
-        in_the_end_directly = problem.can_solve and not problem.solve_is_cheap and problem.contracts
+        # Without a contraction there may be nothing to find, and LU at each step would find that out at a high price.
+        affordable = problem.can_solve and not problem.solve_is_cheap and x.shape[1] <= _DIRECT_UP_TO
+        in_the_end_directly = affordable and problem.contracts
         krylov_solves = torch.full_like(residual, _KRYLOV_SOLVES if in_the_end_directly else torch.inf)
         worst = largest_ratio(residual, tolerance)
         seen = (value, residual, unknown, tolerance, worst, worst == 0, None)

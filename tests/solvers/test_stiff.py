@@ -305,3 +305,10 @@ def test_a_linear_map_is_said_to_contract_where_its_norm_is_below_one(order, ste
     problem = SlopedMap(Dense, order).at((slope, drawn(3, 6, seed=1), A))
     norm = torch.linalg.matrix_norm(steepest * A, 1 if order == 1 else torch.inf)
     assert problem.contracts == (float(norm) < 1)
+
+
+@pytest.mark.parametrize("row_sum", [1e8, 1e12])
+def test_newton_does_not_call_a_map_that_runs_away_converged(row_sum):
+    A, u = positive(60, row_sum, seed=2).float(), drawn(8, 60, seed=1).float()
+    solution = solved(A, u, Newton(), on_failure="ignore")
+    assert not bool(solution.converged[solution.residual > 1].any())

@@ -104,7 +104,7 @@ class Problem(ABC):
 
     @property
     def contracts(self) -> bool:
-        """Whether the map is proved to contract in its norm; to ask costs about what applying it costs."""
+        """Whether the map is proved to contract in its norm; to ask takes the entries of the matrix."""
         return False
 
     @property

@@ -48,8 +48,8 @@ class Newton(AbstractFixedPointSolver):
     not brought to an end. Low-rank maps are solved by the Woodbury identity, ``O(n r^2)``.
 
     Steps may raise the residual, as they do while the active set of a ReLU settles. With a ReLU and a contracting ``A``
-    without negative entries ``I - J`` is an M-matrix: from the second exact step on ``f(x) - x`` has one sign, ``x``
-    moves monotonically, and arrives after finitely many (Brugnano, Casulli: Iterative Solution of Piecewise Linear
+    without negative entries ``I - J`` is an M-matrix: after the first exact step ``f(x) - x`` has one sign, and ``x``
+    moves monotonically and arrives after finitely many (Brugnano, Casulli: Iterative Solution of Piecewise Linear
     Systems, SIAM J. Sci. Comput. 30(1), 2008), whatever the residual does meanwhile. Safeguard: a row that has not
     improved on its best in ten steps, those of a contraction on which it moves so not counted, goes back there and
     takes a Picard step, so that where the map contracts it gets closer in any case.
@@ -100,6 +100,7 @@ class Newton(AbstractFixedPointSolver):
         # The correction was the error. What is left of it shrinks as the residual does, but for slow directions, which
         # hardly show in a residual: no more than a tenfold gain is believed. A row without residual is solved.
         error = problem.norm(correction) * (residual / state.residual).clamp_min(0.1)
+        error = torch.maximum(error, residual - error)  # of the image, which lies as far from the point as that
         error = torch.where(state.residual == 0, 0, torch.where(lost | failed, torch.inf, error))
         better = residual < state.best_residual
         direction = _sign(point - state.point)

@@ -228,7 +228,7 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["", f"## {title}", "", f"| | {' | '.join(names)} | steps of ours |", "|---|" + "---:|" * (len(names) + 1)]
     for entry in rows:
         notes = {name: f" ({error:.0e})" for name, error in entry.get("errors", {}).items()}
-        notes |= {name: f" ({peak:.2g} MiB)" for name, peak in entry["peak MiB"].items() if name not in notes}
+        notes |= {name: f" ({peak:,.1f} MiB)" for name, peak in entry["peak MiB"].items() if name not in notes}
         cells = (f"{entry['milliseconds'][name]['median']:.2f}{notes.get(name, '')}" for name in names)
         lines.append(f"| {entry['problem']} | {' | '.join(cells)} | {entry.get('our_steps', '')} |")
     return lines

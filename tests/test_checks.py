@@ -69,7 +69,7 @@ REFUSED = [
         checks.floating_tensor,
         torch.ones(1, dtype=torch.complex64),
         TypeError,
-        "`x` must have a floating-point dtype; got torch.complex64. Try torch.cat([x.real, x.imag], -1).",
+        "`x` must have a floating-point dtype; got torch.complex64. Try its real and imaginary parts.",
     ),
     (
         checks.dense_tensor,

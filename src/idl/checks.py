@@ -107,7 +107,7 @@ def floating_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}. Try torch.as_tensor({name}).")
     if not value.is_floating_point():
-        another = f"torch.cat([{name}.real, {name}.imag], -1)" if value.is_complex() else f"{name}.float()"
+        another = "its real and imaginary parts" if value.is_complex() else f"{name}.float()"
         raise TypeError(f"`{name}` must have a floating-point dtype; got {value.dtype}. Try {another}.")
     return value
 

@@ -126,13 +126,12 @@ def test_a_failure_claims_no_contraction_where_the_activation_may_be_steep(phi):
         equilibrium(0.999 * eye.flip(0), eye, torch.ones_like(eye), phi=phi, solver=Picard(atol=0.0, max_steps=5))
 
 
-def test_newton_that_failed_under_a_contraction_advises_plain_steps_which_arrive():
-    chain = torch.eye(100) + torch.diag(torch.ones(99), 1)
-    A, u = 0.99 * chain / chain.sum(1, keepdim=True), torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
-    B = torch.randn(100, 8, generator=torch.Generator().manual_seed(1)) / 2
-    with pytest.warns(ConvergenceWarning, match=r"or take solver=Picard\(max_steps=3000\), which gets closer"):
-        equilibrium(A, B, u, solver=Newton(max_steps=100))
-    assert bool(equilibrium(A, B, u, solver=Picard(max_steps=3000)).converged.all())
+def test_newton_that_failed_under_a_contraction_advises_more_steps_which_arrive():
+    A = 0.999 * torch.eye(300).roll(1, 0)  # a wave runs around this ring, one unit a step
+    B, bias, u = torch.eye(300)[:, :1], torch.full((300,), -0.01), torch.linspace(3, 5, 8)[:, None]
+    with pytest.warns(ConvergenceWarning, match=r"Lower kappa, or raise mitr \(the solver's max_steps\)\."):
+        equilibrium(A, B, u, bias=bias)
+    assert bool(equilibrium(A, B, u, bias=bias, solver=Adaptive(max_steps=600)).converged.all())
 
 
 @pytest.mark.parametrize(
@@ -156,6 +155,13 @@ BAD = {
     "A is not square": (lambda A, B, u: (A[:, :5], B, u, {}), ValueError, ["`A`", "square", "(6, 5)"]),
     "A is a vector": (lambda A, B, u: (A[0], B, u, {}), ValueError, ["`A`", "(6,)"]),
     "A is a list": (lambda A, B, u: ([[0.5]], B, u, {}), TypeError, ["`A`", "torch.Tensor", "list"]),
+    "A is sparse": (lambda A, B, u: (A.to_sparse(), B, u, {}), TypeError, ["`A`", "dense", "A.to_dense()"]),
+    "u is sparse": (lambda A, B, u: (A, B, u.to_sparse(), {}), TypeError, ["`u`", "dense", "u.to_dense()"]),
+    "x0 is sparse": (
+        lambda A, B, u: (A, B, u, {"x0": (u @ B.T).to_sparse()}),
+        TypeError,
+        ["`x0`", "dense", "x0.to_dense()"],
+    ),
     "A is integer": (lambda A, B, u: (A.long(), B, u, {}), TypeError, ["`A`", "floating-point", "int64"]),
     "B has other rows": (lambda A, B, u: (A, B[:5], u, {}), ValueError, ["`B`", "(6, p)", "(5, 4)"]),
     "B is a vector": (lambda A, B, u: (A, B[0], u, {}), ValueError, ["`B`", "(6, p)", "(4,)"]),

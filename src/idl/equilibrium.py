@@ -72,7 +72,7 @@ def equilibrium(
         tensor([[2.0000]])
     """
     check_methods(solver, adjoint)
-    check_tensors(A.tensors[0] if isinstance(A, StateMatrix) else A, B, u, bias, x0)
+    check_tensors(A.tensors[0] if isinstance(A, StateMatrix) else checks.dense_tensor("A", A), B, u, bias, x0)
     return eagerly(
         lambda: attempt(A, B, u, bias, activations.resolve(phi, "phi"), x0, solver, adjoint, on_failure).measured()
     )
@@ -202,15 +202,16 @@ def _composed(kind: type[StateMatrix], phi: Activation, count: int, captured: li
 
 
 def check_tensors(A: object, B: object, u: object, bias: object, x0: object) -> None:
-    """Check that all that is there is a tensor of floating-point numbers, on one device and of one dtype."""
-    named = {"A": A, "B": B, "u": u, "bias": bias, "x0": x0}
-    checks.same_device_and_dtype(
-        {
-            name: checks.floating_tensor(name, value)
-            for name, value in named.items()
-            if value is not None or name in "ABu"
-        }
-    )
+    """Check that all that is there is a tensor of floating-point numbers, on one device and of one dtype.
+
+    Matrices may be in compressed rows, what there is one of for each sample may not.
+    """
+    tensors = {name: checks.floating_tensor(name, value) for name, value in (("A", A), ("B", B))}
+    tensors["u"] = checks.dense_tensor("u", u)
+    tensors |= {
+        name: checks.dense_tensor(name, value) for name, value in (("bias", bias), ("x0", x0)) if value is not None
+    }
+    checks.same_device_and_dtype(tensors)
 
 
 def _check_shapes(state_matrix: StateMatrix, B: Tensor, u: Tensor, bias: Tensor | None, x0: Tensor | None) -> None:
@@ -240,8 +241,7 @@ def advice(
 ) -> str:
     """Return what is known of why a solve with this matrix did not converge, and what to try."""
     norm = float(inf_norm(state_matrix.detached()))
-    proved = phi.lipschitz is not None and norm * phi.lipschitz < 1
-    if proved:
+    if phi.lipschitz is not None and norm * phi.lipschitz < 1:
         contracts = "so the map contracts, but slowly"
     elif norm < 1:
         contracts = "but the activation may be steeper than 1, so the map need not contract"
@@ -250,8 +250,6 @@ def advice(
     constrain = "Lower kappa" if norm < 1 else "Constrain A with ImplicitFunctionInf (||A||_inf <= kappa < 1)"
     tried_newton = isinstance(solver, Newton) or (isinstance(solver, Adaptive) and isinstance(parametric, AffineMap))
     another = "" if tried_newton else ", or try solver=Newton()"
-    if tried_newton and proved:
-        another = ", or take solver=Picard(max_steps=3000), which gets closer with each step"
     return (
         f"max row sum of |A| is {norm:.4g}, {contracts}. {constrain}, or raise mitr (the solver's max_steps){another}."
     )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from idl.linalg.norms import inf_norm, row_sums
+from idl.linalg.norms import inf_norm, inf_norm_bound, row_sums
 from idl.linalg.operators import Dense, Factored
 
 
@@ -21,3 +21,15 @@ def test_the_norm_of_a_factored_matrix_is_that_of_its_product(n):
     left[-1] *= 100  # the largest row is the last, in a chunk of its own where n = 1025
     expected = torch.linalg.matrix_norm(left @ right.T, torch.inf)
     assert float(inf_norm(Factored(left, right))) == pytest.approx(float(expected), rel=1e-13)
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+def test_the_bound_of_a_factored_matrix_is_its_norm_unless_entries_cancel(cancels):
+    generator = torch.Generator().manual_seed(2)
+    left, right = (torch.randn(30, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    if not cancels:
+        left, right = left.abs(), right.abs()
+    norm, bound = inf_norm(Factored(left, right)), inf_norm_bound(Factored(left, right))
+    assert float(bound) > float(norm) if cancels else float(bound) == pytest.approx(float(norm), rel=1e-14)
+    dense = Dense(left @ right.T)
+    assert torch.equal(inf_norm_bound(dense), inf_norm(dense))

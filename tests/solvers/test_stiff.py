@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from idl import Adaptive, Anderson, ImplicitFunctionInf, Newton, Picard, activations, equilibrium
-from idl.linalg.operators import Dense
+from idl.linalg.operators import Dense, Factored
 from idl.maps.affine import SlopedMap, affine_problem
 
 
@@ -260,41 +260,123 @@ def test_the_gradient_of_units_that_read_few_others_is_that_of_a_dense_solve(nam
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+def driven(n, units, seed=0):
+    """Return inputs that drive some units, from where waves start: the others are active beside active ones only."""
+    generator = torch.Generator().manual_seed(seed)
+    u = -0.02 * torch.rand(8, n, generator=generator)
+    for row in u:
+        row[torch.randperm(n, generator=generator)[:units]] = 5 * torch.rand(units, generator=generator)
+    return u
+
+
+@pytest.mark.parametrize("units", [1, 4])
+@pytest.mark.parametrize("kappa", [0.99, 0.999])
+@pytest.mark.parametrize(("n", "steps"), [(100, 300), (400, 1000)])
+@pytest.mark.parametrize("name", FEW_NEIGHBOURS)
+def test_waves_through_all_units_are_solved(name, n, steps, kappa, units):
+    # A wave moves on by one unit a step, whatever the method: the steps must be as many as the units.
+    A, _ = sparse(name, n, kappa)
+    u = driven(n, units)
+    solution = solved(A, u, Adaptive(max_steps=steps), on_failure="raise")
+    x = solution.x.double()
+    residual = (torch.relu(x @ A.double().T + u.double()) - x).abs().amax(1)
+    assert bool((residual <= (2 * torch.finfo(torch.float32).eps * x.abs().amax(1)).clamp_min(3e-6)).all())
+
+
+def test_a_wave_is_not_followed_by_a_direct_solve_for_each_unit(monkeypatch):
+    calls, solve = [], Dense.solve
+    monkeypatch.setattr(Dense, "solve", lambda self, slope, rhs: calls.append(len(rhs)) or solve(self, slope, rhs))
+    A, _ = sparse("a ring", 300, 0.999)
+    u = torch.full((8, 300), -0.01)
+    u[:, 0] = torch.linspace(3, 5, 8)
+    solved(A, u, Adaptive(max_steps=1000), on_failure="raise")
+    assert 0 < sum(calls) <= 10 * len(u)
+
+
+@pytest.mark.parametrize("kind", ["dense", "low rank"])
+def test_a_wave_is_solved_whatever_form_the_matrix_has(kind):
+    n = 32
+    A = reading(n, 0, 1, gains=[0.4995, 0.4995]).float()
+    u = -0.02 * torch.rand(16, n, generator=torch.Generator().manual_seed(0))
+    u[:, 0] = 5.0
+    matrix = Dense(A) if kind == "dense" else Factored(A, torch.eye(n))
+    solution = solved(matrix, u, Newton(), on_failure="raise")
+    assert relative_error(solution.x, truth(A.double(), u.double())) <= 1e-4
+
+
+def test_small_steps_that_do_not_shrink_are_not_taken_for_the_end():
+    # Each step is smaller than the tolerance; all that the wave still brings is eighty tolerances.
+    A = reading(8, 1, gains=[0.999])
+    u = torch.full((1, 8), -1e-9, dtype=torch.float64)
+    u[0, 0] = 2e-6
+    solution = solved(A, u, Newton(), on_failure="raise")
+    assert float((solution.x - truth(A, u)).abs().max()) <= Newton().atol
+
+
 @pytest.mark.parametrize("name", [name for name in FEW_NEIGHBOURS if "signs" not in name])
-def test_direct_newton_steps_on_a_nonnegative_matrix_rise_to_the_solution(name):
+def test_plain_and_newton_steps_on_a_nonnegative_matrix_rise_to_the_solution(name):
     A, u = sparse(name, 60, 0.99, torch.float64)
     problem = affine_problem(Dense(A), u, activations.relu)
     newton, x = Newton(), torch.relu(u)
     state = newton.begin(problem, x, newton.tolerance(problem, x))
-    state, _ = newton.step(problem, state._replace(krylov_solves=torch.zeros_like(state.residual)), 300)
+    all_rows = torch.ones_like(state.direct)
+    state, _ = newton.step(problem, state._replace(direct=all_rows, contracts=True), 300)
     for _ in range(60):  # each step turns on at least one of as many units
         before = state.point
-        state, _ = newton.step(problem, state, 300)
+        state, _ = newton.step(problem, state._replace(direct=all_rows), 300)
         assert bool((state.point >= before - 1e-9 * (1 + before.abs())).all())
     assert float(state.residual.max()) <= 1e-10
 
 
-def begun(row_sum, activation=activations.relu, n=20):
-    """Return Newton's first state on a positive matrix with these row sums."""
+def slow(row_sum, activation=activations.relu, n=20):
+    """Return a positive matrix with these row sums as a problem, and a state of Newton's in which every row is slow."""
     problem = affine_problem(Dense(positive(n, row_sum, seed=0)), drawn(4, n, seed=1), activation)
     newton, x = Newton(), drawn(4, n, seed=2)
-    return newton.begin(problem, x, newton.tolerance(problem, x))
+    state = newton.begin(problem, x, newton.tolerance(problem, x))
+    all_rows = torch.ones_like(state.slow)
+    return problem, state._replace(slow=all_rows, direct=all_rows)
 
 
-def test_all_is_solved_directly_in_the_end_only_where_the_map_is_proved_to_contract():
-    # Elsewhere there may be no fixed point, and LU in every step until that is clear takes too long.
-    assert bool(begun(0.99).krylov_solves.isfinite().all())
-    assert not bool(begun(1.01).krylov_solves.isfinite().any())
-    steep = activations.Activation(lambda z: 2 * z, lambda z: torch.full_like(z, 2.0), lipschitz=2.0, name="steep")
-    assert not bool(begun(0.99, steep).krylov_solves.isfinite().any())
-    assert bool(begun(0.49, steep).krylov_solves.isfinite().all())
-    unknown = activations.Activation(torch.relu, activations.relu.derivative, name="unknown")
-    assert not bool(begun(0.99, unknown).krylov_solves.isfinite().any())
+STEEP = activations.Activation(lambda z: 2 * z, lambda z: torch.full_like(z, 2.0), lipschitz=2.0, name="steep")
+UNKNOWN = activations.Activation(torch.relu, activations.relu.derivative, name="unknown")
 
 
-def test_a_thousand_units_are_not_solved_directly_in_every_step():
-    assert bool(begun(0.99, n=512).krylov_solves.isfinite().all())
-    assert not bool(begun(0.99, n=513).krylov_solves.isfinite().any())
+@pytest.mark.parametrize(
+    ("row_sum", "activation", "contracts"),
+    [
+        (0.99, activations.relu, True),
+        (1.01, activations.relu, False),
+        (0.49, STEEP, True),
+        (0.99, STEEP, False),
+        (0.99, UNKNOWN, False),
+    ],
+)
+def test_slow_rows_take_plain_steps_and_direct_solves_only_where_the_map_is_proved_to_contract(
+    row_sum, activation, contracts
+):
+    # Elsewhere plain steps may lead away, and LU in every step finds out at a high price that there is no fixed point.
+    problem, state = slow(row_sum, activation)
+    after, spent = Newton().step(problem, state, 300)
+    assert after.contracts == contracts
+    assert (spent == 20 + 2) == contracts  # a plain step for each unit, one direct solve, one application
+
+
+def test_plain_steps_are_a_share_of_the_steps_that_are_left():
+    problem, state = slow(0.99, n=60)
+    for budget in (300, 80, 16):
+        _, spent = Newton().step(problem, state, budget)
+        assert spent == budget // 8 + 2
+    _, spent = Newton().step(problem, state, 15)
+    assert spent == 2
+
+
+def test_a_thousand_units_are_not_solved_directly_in_every_step(monkeypatch):
+    calls, solve = [], Dense.solve
+    monkeypatch.setattr(Dense, "solve", lambda self, slope, rhs: calls.append(self.dim) or solve(self, slope, rhs))
+    for n in (512, 513):
+        problem, state = slow(0.99, n=n)
+        Newton().step(problem, state, 300)
+    assert calls == [512]
 
 
 @pytest.mark.parametrize("order", [1.0, torch.inf])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from idl import activations
 from idl.activations import Activation
-from idl.linalg.norms import inf_norm
+from idl.linalg.norms import inf_norm_bound
 from idl.linalg.operators import Dense, StateMatrix, StrictlyLower, StrictlyUpper, to_precise
 from idl.maps.base import Adjoint, Parameters, ParametricMap, add, front
 from idl.solvers.base import Problem
@@ -250,7 +250,7 @@ class _AffineProblem(MatrixProblem):
     @property
     def contracts(self) -> bool:
         lipschitz = self.activation.lipschitz
-        return lipschitz is not None and lipschitz * float(inf_norm(self.state_matrix)) < 1
+        return lipschitz is not None and lipschitz * float(inf_norm_bound(self.state_matrix)) < 1
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.state_matrix.precise.apply(to_precise(x)) + self.Z
@@ -298,7 +298,7 @@ class _SlopedProblem(MatrixProblem):
     def contracts(self) -> bool:
         state_matrix = self.state_matrix.transpose() if self.order == 1 else self.state_matrix
         steepest = float(self.slope.abs().max()) if self.slope.numel() else 0.0
-        return steepest * float(inf_norm(state_matrix)) < 1
+        return steepest * float(inf_norm_bound(state_matrix)) < 1
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.state_matrix.precise.apply(to_precise(x)) * self.slope + self.source, self.slope

@@ -104,7 +104,7 @@ class Problem(ABC):
 
     @property
     def contracts(self) -> bool:
-        """Whether the map is proved to contract in its norm; to ask takes the entries of the matrix."""
+        """Whether the map is proved to contract in its norm; to ask costs about what a product costs."""
         return False
 
     @property

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from idl.linalg.krylov import gcr
-from idl.solvers.base import AbstractFixedPointSolver, Problem, largest_ratio
+from idl.solvers.base import AbstractFixedPointSolver, Problem, largest_ratio, rounding_floor
 
 _INNER_STEPS = 24  # directions that are kept; a row that needs more restarts with the next outer step
-_KRYLOV_SOLVES = 6  # most stiff rows are solved by then; where signs settle one after another, LU is fewer products
-_DIRECT_UP_TO = 512  # units; a hundred solves by LU of a thousand units take a hundred times as long as plain steps
-_STALE_STEPS = 10  # five nearly decoupled positive blocks settle within eight, at kappa = .999
-_ONE_SIGNED = 1e-2  # rounding and inexact solves leave entries of the other sign, this small beside the largest
 _INNER_RTOL = 1e-2  # far from the solution more is wasted, close to it the next outer step refines
+_STALLED = 0.5  # of the residual left by the inner steps: its correction is no Newton step
+_DIRECT_UP_TO = 512  # units; for a thousand a dozen solves by LU take ten times as long as 300 plain steps
+_SLOW = 0.5  # of the residual left by a step: once the signs are settled a hundredth is
+_PLAIN_SHARE = 8  # part of what is left: runs of plain steps that fall from 37 to 2, and few systems beside them
+_STALE_STEPS = 10  # five nearly decoupled positive blocks settle within eight, at kappa = .999
 
 
 class NewtonState(NamedTuple):
@@ -32,9 +33,13 @@ class NewtonState(NamedTuple):
     best_x: Tensor
     best_residual: Tensor
     stale: Tensor
-    """Newton steps since a row had its best residual, but for those on which it moved monotonically."""
-    krylov_solves: Tensor
-    """Krylov solves that a row is still given before it is solved directly; infinitely many where none ever is so."""
+    """Newton steps since a row had its best residual."""
+    slow: Tensor
+    """Whether the last step left more than half of the residual, and not because of rounding."""
+    direct: Tensor
+    """Whether a row is solved directly from now on."""
+    contracts: bool | None
+    """Whether the map is proved to contract, so that plain steps are sure to lead on; ``None`` until a row is slow."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,19 @@ class Newton(AbstractFixedPointSolver):
     The residual is evaluated, and the iterate kept, in float64 where the device has it, while the linear systems are
     solved in the precision of the input: iterative refinement, so that a nearly singular ``I - J`` costs steps and
     not accuracy. Systems are solved by generalised conjugate residuals, ``O(n^2)`` a product and matrix-free; rows on
-    which these stall by LU, ``O(n^3)``, up to 1024 units; so are, up to 512 units, rows of a contraction that six have
-    not brought to an end. Low-rank maps are solved by the Woodbury identity, ``O(n r^2)``.
+    which these stall by LU, ``O(n^3)``, up to 1024 units; and rows of a contraction on which 24 of them once fell short
+    by LU from then on, up to 512 units. Low-rank maps are solved by the Woodbury identity, ``O(n r^2)``.
 
-    Steps may raise the residual, as they do while the active set of a ReLU settles. With a ReLU and a contracting ``A``
-    without negative entries ``I - J`` is an M-matrix: after the first exact step ``f(x) - x`` has one sign, and ``x``
-    moves monotonically and arrives after finitely many (Brugnano, Casulli: Iterative Solution of Piecewise Linear
-    Systems, SIAM J. Sci. Comput. 30(1), 2008), whatever the residual does meanwhile. Safeguard: a row that has not
-    improved on its best in ten steps, those of a contraction on which it moves so not counted, goes back there and
-    takes a Picard step, so that where the map contracts it gets closer in any case.
+    Where each unit reads few others, signs settle one after another, and a Newton step gets no further than to the next
+    of them, as a plain step does. So, where the map is proved to contract, a row whose last step left more than half of
+    its residual takes plain steps before the next: an eighth of the applications that are left, at most one for each
+    unit. With a ReLU and ``A >= 0`` neither undoes the other: after the first exact Newton step iterates rise to the
+    solution (Brugnano, Casulli: Iterative Solution of Piecewise Linear Systems, SIAM J. Sci. Comput. 30(1), 2008), and
+    plain steps rise too. Such a row is not called converged, however small its steps are.
+
+    Steps may raise the residual, as they do while the active set of a ReLU settles. Safeguard: a row that has not
+    improved on its best in ten steps goes back there and takes a Picard step, so that where the map contracts it gets
+    closer in any case.
 
     Its linear model is of one row at a time: on a map that couples samples it is safe but may be slow.
 
@@ -81,30 +90,29 @@ class Newton(AbstractFixedPointSolver):
         point = x.to(value.dtype)
         residual = problem.distance(value, point)
         unknown = torch.full_like(residual, torch.inf)
-        # Without a contraction there may be nothing to find, and LU at each step would find that out at a high price.
-        affordable = problem.can_solve and not problem.solve_is_cheap and x.shape[1] <= _DIRECT_UP_TO
-        in_the_end_directly = affordable and problem.contracts
-        krylov_solves = torch.full_like(residual, _KRYLOV_SOLVES if in_the_end_directly else torch.inf)
         worst = largest_ratio(residual, tolerance)
         seen = (value, residual, unknown, tolerance, worst, worst == 0, None)
-        return NewtonState(*seen, point, slope, value, residual, torch.zeros_like(residual), krylov_solves)
+        no = torch.zeros_like(residual, dtype=torch.bool)
+        return NewtonState(*seen, point, slope, value, residual, torch.zeros_like(residual), no, no, None)
 
     def step(self, problem: Problem, state: NewtonState, budget: int) -> tuple[NewtonState, int]:
-        """Take one Newton step, all rows at once."""
+        """Take plain steps with the rows that need some, and one Newton step, all rows at once."""
+        state, plain = _with_plain_steps(problem, state, budget)
         defect = (state.point - state.x).to(state.slope.dtype)
-        correction, failed, krylov_solves, spent = self._solve(problem, state, defect, budget)
+        correction, short, failed, spent = self._solve(problem, state, defect, budget - plain)
         lost = (state.stale >= _STALE_STEPS) & (state.residual > 0) | ~state.residual.isfinite()
         point = torch.where(lost[:, None], state.best_x, state.point - correction)
         value, slope = problem.linearise(point)
         residual = problem.distance(value, point)
+        slow = ~(residual <= _SLOW * state.residual)
+        slow &= residual > rounding_floor(problem, value, None, value.dtype)
         # The correction was the error. What is left of it shrinks as the residual does, but for slow directions, which
         # hardly show in a residual: no more than a tenfold gain is believed. A row without residual is solved.
         error = problem.norm(correction) * (residual / state.residual).clamp_min(0.1)
         error = torch.maximum(error, residual - error)  # of the image, which lies as far from the point as that
-        error = torch.where(state.residual == 0, 0, torch.where(lost | failed, torch.inf, error))
+        unknown = lost | slow | failed
+        error = torch.where(state.residual == 0, 0, torch.where(unknown, torch.inf, error))
         better = residual < state.best_residual
-        direction = _sign(point - state.point)
-        monotone = (direction != 0) & (direction == _sign(value - point)) & krylov_solves.isfinite()
         return NewtonState(
             value,
             residual,
@@ -117,20 +125,23 @@ class Newton(AbstractFixedPointSolver):
             slope,
             torch.where(better[:, None], value, state.best_x),
             torch.where(better, residual, state.best_residual),
-            torch.where(better | lost, 0, state.stale + ~monotone),
-            krylov_solves,
-        ), spent + 1
+            torch.where(better | lost, 0, state.stale + 1),
+            slow,
+            state.direct | short,
+            state.contracts,
+        ), plain + spent + 1
 
     def _solve(
         self, problem: Problem, state: NewtonState, defect: Tensor, budget: int
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Return the correction of each row, where it solves nothing, the Krylov solves left, and the products."""
-        slope, left = state.slope, state.krylov_solves
-        failed = torch.zeros_like(left, dtype=torch.bool)
+        """Return the correction of each row, where Krylov steps fell short, where nothing helped, and the products."""
+        slope, none = state.slope, torch.zeros_like(state.direct)
         if problem.solve_is_cheap:
-            return problem.solve(slope, defect), failed, left, 1
-        correction, products = torch.zeros_like(defect), 0
-        rows = (left > 0).nonzero()[:, 0]
+            return problem.solve(slope, defect), none, none, 1
+        may_be_direct = state.contracts and problem.can_solve and defect.shape[1] <= _DIRECT_UP_TO
+        direct = state.direct if may_be_direct else none
+        correction, short, failed, products = torch.zeros_like(defect), none.clone(), none.clone(), 0
+        rows = (~direct).nonzero()[:, 0]
         if len(rows):
             slopes = slope[rows]
             correction[rows], reduction, products = gcr(
@@ -139,18 +150,31 @@ class Newton(AbstractFixedPointSolver):
                 rtol=_INNER_RTOL,
                 max_steps=max(1, min(_INNER_STEPS, budget - 2)),
             )
-            failed[rows] = reduction > 0.5
+            short[rows], failed[rows] = reduction > _INNER_RTOL, reduction > _STALLED
         if problem.can_solve:
-            direct = failed | (left == 0)
+            direct = direct | failed
             if bool(direct.any()):
                 correction[direct] = problem.solve(slope[direct], defect[direct])
                 products += 1
-            left = torch.where(direct & left.isfinite(), 0, left - 1)
-            failed = torch.zeros_like(failed)
-        return correction, failed, left, products
+            failed = none
+        return correction, short, failed, products
 
 
-def _sign(x: Tensor) -> Tensor:
-    """Return 1 or -1 for the rows whose entries have one sign, but for what inexact solves leave, and 0 for others."""
-    above, below = x.clamp_min(0).amax(1), x.clamp_max(0).abs().amax(1)
-    return (below <= _ONE_SIGNED * above).int() - (above <= _ONE_SIGNED * below).int()
+def _with_plain_steps(problem: Problem, state: NewtonState, budget: int) -> tuple[NewtonState, int]:
+    """Return the state after plain steps of the rows that are slow, if these are sure to lead on, and their number."""
+    if state.contracts is None and bool((state.slow | state.direct).any()):
+        state = state._replace(contracts=problem.contracts)
+    steps = min(state.x.shape[1], budget // _PLAIN_SHARE)
+    rows = state.slow.nonzero()[:, 0]
+    if steps < 2 or not len(rows) or not state.contracts:
+        return state, 0
+    part = problem.restrict(rows)
+    x, _ = part.burst(state.x[rows].to(state.slope.dtype), steps)
+    value, slope = part.linearise(x)
+    point = x.to(value.dtype)
+    return state._replace(
+        x=state.x.index_copy(0, rows, value),
+        residual=state.residual.index_copy(0, rows, part.distance(value, point)),
+        point=state.point.index_copy(0, rows, point),
+        slope=state.slope.index_copy(0, rows, slope),
+    ), steps

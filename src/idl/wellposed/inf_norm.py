@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from idl import checks
-from idl.linalg.norms import row_sums
+from idl.linalg.norms import row_sum_bounds, row_sums
 from idl.linalg.operators import Dense, Factored, StateMatrix
 from idl.linalg.projections import project_rows_l1
 from idl.transforms import transforms_are_active
@@ -62,7 +62,7 @@ class InfNorm(_Ball):
     def admit_factors(self, left: Tensor, right: Tensor, lipschitz: float) -> StateMatrix:
         """Return the factors with the rows of ``left`` rescaled."""
         radius = self.kappa / max(1.0, lipschitz)
-        bound = left.abs() @ right.abs().sum(-2)[..., None]
+        bound = row_sum_bounds(left, right)
         return Factored(left if _all_within(bound.detach(), radius) else _rescaled(left, bound, radius), right)
 
 

@@ -18,7 +18,7 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 DOCS_STAMP := $(DOCS_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test notebook lint bench bench-sim bench-rnn bench-attention bench-gpu docs docs-serve install clean
+.PHONY: help demo test notebook lint bench bench-rings bench-sim bench-rnn bench-attention bench-gpu docs docs-serve install clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ lint: $(STAMP)  ## ruff (rules and format) and mypy
 
 bench: $(BENCH_STAMP)  ## measure speed and accuracy beside two public libraries and an MLP
 	$(BENCH_VENV)/bin/python benchmarks/implicit_model.py $(ARGS)
+
+bench-rings: $(BENCH_STAMP)  ## measure solvers where each unit reads few others: rings, chains, trees
+	$(BENCH_VENV)/bin/python benchmarks/few_neighbours.py $(ARGS)
 
 bench-sim: $(BENCH_STAMP)  ## measure SIM's row solver beside others
 	$(BENCH_VENV)/bin/python benchmarks/sim.py $(ARGS)

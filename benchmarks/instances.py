@@ -1,11 +1,10 @@
 """The matrices that are solved with, and the equilibrium in float64 that solutions are compared with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-_CHUNK = 2**23  # entries of the dense systems that are held at once
 _NEWTON_STEPS = 60
 
 
@@ -45,6 +44,55 @@ def random_signs(n: int) -> Tensor:
     return torch.randn(n, n)
 
 
+def read(n: int, *others: Tensor, gains: Sequence[float] = ()) -> Tensor:
+    """Return the matrix of units that each read one unit of every tensor in ``others``, with equal gains or these."""
+    A, unit = torch.zeros(n, n), torch.arange(n)
+    for other, gain in zip(others, gains or [1.0] * len(others), strict=True):
+        A.index_put_((unit, other), torch.full((n,), gain), accumulate=True)
+    return A
+
+
+def behind(n: int, distance: int) -> Tensor:
+    """Return for each unit of a ring the one that lies so far behind it."""
+    return (torch.arange(n) - distance) % n
+
+
+FEW_NEIGHBOURS: dict[str, Callable[[int], Tensor]] = {
+    "ring": lambda n: read(n, behind(n, 1)),
+    "ring, own state": lambda n: read(n, behind(n, 0), behind(n, 1)),
+    "ring, both neighbours": lambda n: read(n, behind(n, 1), behind(n, -1)),
+    "ring, shortcut": lambda n: read(n, behind(n, 1), behind(n, n // 2), gains=(1.0, 0.1)),
+    "ring, both signs": lambda n: read(n, behind(n, 1), behind(n, 2), gains=(1.0, -0.5)),
+    "chain": lambda n: read(n, behind(n, -1)).tril(n - 2),  # the last unit reads none
+    "chain, own state": lambda n: read(n, behind(n, 0), behind(n, -1)).triu(),  # the last unit reads itself
+    "tree": lambda n: read(n, torch.arange(-1, n - 1).div(2, rounding_mode="floor").clamp_min(0)),
+    "one other": lambda n: read(n, torch.randint(n, (n,))),
+    "three others": lambda n: read(n, *torch.randint(n, (3, n))),
+}
+
+
+def impulses(batch: int, n: int, count: int, below: float) -> Tensor:
+    """Return inputs that drive ``count`` units of each sample; others are active beside active ones only."""
+    u = -below * torch.rand(batch, n)
+    return u.scatter(1, torch.rand(batch, n).argsort(1)[:, :count], 5 * torch.rand(batch, count))
+
+
+def waves(batch: int, n: int) -> Tensor:
+    """Return inputs that change slowly along the units."""
+    phase = 2 * torch.pi * torch.arange(n) / n
+    return torch.stack([torch.sin((1 + k % 4) * phase + k) - 0.3 for k in range(batch)])
+
+
+INPUTS: dict[str, Callable[[int, int], Tensor]] = {
+    "normal": torch.randn,
+    "normal, of rank 8": lambda batch, n: torch.randn(batch, 8) @ torch.randn(8, n) / 2,
+    "slow along the units": waves,
+    "one unit driven": lambda batch, n: impulses(batch, n, 1, 0.02),
+    "four units driven": lambda batch, n: impulses(batch, n, 4, 0.02),
+    "four driven, decay .001": lambda batch, n: impulses(batch, n, 4, 0.001),
+}
+
+
 def with_row_sums(total: float) -> Callable[[Tensor], Tensor]:
     """Return the scaling of rows to this sum of magnitudes."""
     return lambda A: scaled_rows(A, total)
@@ -60,24 +108,31 @@ def with_radius(radius: float) -> Callable[[Tensor], Tensor]:
     return scaled
 
 
-def exact_state(A: Tensor, B: Tensor, u: Tensor) -> tuple[Tensor, float]:
+def exact_state(A: Tensor, B: Tensor, u: Tensor, plain_steps: int = 0) -> tuple[Tensor, float]:
     """Solve ``x = relu(x A^T + u B^T)`` by semismooth Newton with dense solves, all in float64.
+
+    Args:
+        A: State matrix.
+        B: Input matrix.
+        u: Inputs.
+        plain_steps: Applications of the map before: where signs settle one after another, as many as there are units.
 
     Returns:
         The equilibrium and its residual relative to the largest entry: what rounding leaves, if Newton arrived.
     """
     A, Z = A.double(), u.double() @ B.double().T
     eye = torch.eye(len(A), dtype=A.dtype)
-    chunk = max(1, _CHUNK // len(A) ** 2)
     x = torch.relu(Z)
+    for _ in range(plain_steps):
+        x = torch.relu(x @ A.T + Z)
     for _ in range(_NEWTON_STEPS):
         z = x @ A.T + Z
         defect, active = x - torch.relu(z), (z > 0).double()
         residual = float(defect.abs().max() / x.abs().max())
         if residual < 1e-14:
             break
-        for rows in torch.arange(len(x)).split(chunk):
-            x[rows] -= torch.linalg.solve(eye - active[rows, :, None] * A, defect[rows])
+        for row in range(len(x)):  # on several threads MKL fails on batches of this size (pytorch issue 142815)
+            x[row] -= torch.linalg.solve(eye - active[row, :, None] * A, defect[row])
     return x, residual
 
 

@@ -138,6 +138,7 @@ class Newton(AbstractFixedPointSolver):
         slope, none = state.slope, torch.zeros_like(state.direct)
         if problem.solve_is_cheap:
             return problem.solve(slope, defect), none, none, 1
+        # Without a contraction there may be nothing to find, and LU at each step finds that out at a high price.
         may_be_direct = state.contracts and problem.can_solve and defect.shape[1] <= _DIRECT_UP_TO
         direct = state.direct if may_be_direct else none
         correction, short, failed, products = torch.zeros_like(defect), none.clone(), none.clone(), 0

@@ -1,6 +1,6 @@
 """Measure solvers where each unit reads few others, so that signs settle one after another: rings, chains, trees.
 
-    make bench-rings                              # all of it, about a quarter of an hour
+    make bench-rings                              # all of it, two minutes on two cores
     make bench-rings ARGS="--smoke"               # toy size, in seconds
     make bench-rings ARGS="--threads 1 --out runs/mine"
 

@@ -14,7 +14,7 @@ _INNER_RTOL = 1e-2  # far from the solution more is wasted, close to it the next
 _STALLED = 0.5  # of the residual left by the inner steps: its correction is no Newton step
 _DIRECT_UP_TO = 512  # units; for a thousand a dozen solves by LU take ten times as long as 300 plain steps
 _SLOW = 0.5  # of the residual left by a step: once the signs are settled a hundredth is
-_PLAIN_SHARE = 8  # part of what is left: runs of plain steps that fall from 37 to 2, and few systems beside them
+_PLAIN_SHARE = 8  # part of what is left: runs of plain steps that fall from 37 to 3, and few systems beside them
 _STALE_STEPS = 10  # five nearly decoupled positive blocks settle within eight, at kappa = .999
 
 
@@ -50,7 +50,8 @@ class Newton(AbstractFixedPointSolver):
     solved in the precision of the input: iterative refinement, so that a nearly singular ``I - J`` costs steps and
     not accuracy. Systems are solved by generalised conjugate residuals, ``O(n^2)`` a product and matrix-free; rows on
     which these stall by LU, ``O(n^3)``, up to 1024 units; and rows of a contraction on which 24 of them once fell short
-    by LU from then on, up to 512 units. Low-rank maps are solved by the Woodbury identity, ``O(n r^2)``.
+    by LU from then on, up to 512 units, as are all rows of a batch of which more than half are. Low-rank maps are
+    solved by the Woodbury identity, ``O(n r^2)``.
 
     Where each unit reads few others, signs settle one after another, and a Newton step gets no further than to the next
     of them, as a plain step does. So, where the map is proved to contract, a row whose last step left more than half of
@@ -142,6 +143,8 @@ class Newton(AbstractFixedPointSolver):
         may_be_direct = state.contracts and problem.can_solve and defect.shape[1] <= _DIRECT_UP_TO
         direct = state.direct if may_be_direct else none
         correction, short, failed, products = torch.zeros_like(defect), none.clone(), none.clone(), 0
+        if 2 * int(direct.sum()) > len(direct):
+            direct = short = ~none  # the rest would make all wait, since Krylov steps are counted for every row
         rows = (~direct).nonzero()[:, 0]
         if len(rows):
             slopes = slope[rows]
@@ -167,10 +170,10 @@ def _with_plain_steps(problem: Problem, state: NewtonState, budget: int) -> tupl
         state = state._replace(contracts=problem.contracts)
     steps = min(state.x.shape[1], budget // _PLAIN_SHARE)
     rows = state.slow.nonzero()[:, 0]
-    if steps < 2 or not len(rows) or not state.contracts:
+    if steps < 3 or not len(rows) or not state.contracts:
         return state, 0
     part = problem.restrict(rows)
-    x, _ = part.burst(state.x[rows].to(state.slope.dtype), steps)
+    x, _ = part.burst(state.x[rows].to(state.slope.dtype), steps - 1)
     value, slope = part.linearise(x)
     point = x.to(value.dtype)
     return state._replace(

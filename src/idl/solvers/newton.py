@@ -58,7 +58,8 @@ class Newton(AbstractFixedPointSolver):
     its residual takes plain steps before the next: an eighth of the applications that are left, at most one for each
     unit. With a ReLU and ``A >= 0`` neither undoes the other: after the first exact Newton step iterates rise to the
     solution (Brugnano, Casulli: Iterative Solution of Piecewise Linear Systems, SIAM J. Sci. Comput. 30(1), 2008), and
-    plain steps rise too. Such a row is not called converged, however small its steps are.
+    plain steps rise too. Such a row has no error estimate. With inputs close to ``atol`` and row sums of .9999 rows can
+    still be called converged while signs change: a smaller ``atol`` finds the solution.
 
     Steps may raise the residual, as they do while the active set of a ReLU settles. Safeguard: a row that has not
     improved on its best in ten steps goes back there and takes a Picard step, so that where the map contracts it gets

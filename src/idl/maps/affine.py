@@ -248,9 +248,9 @@ class _AffineProblem(MatrixProblem):
         return self if eased is None else _AffineProblem(eased[0], self.Z * eased[1], self.activation)
 
     @property
-    def contracts(self) -> bool:
+    def contraction(self) -> float:
         lipschitz = self.activation.lipschitz
-        return lipschitz is not None and lipschitz * float(inf_norm_bound(self.state_matrix)) < 1
+        return math.inf if lipschitz is None else lipschitz * float(inf_norm_bound(self.state_matrix))
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.state_matrix.precise.apply(to_precise(x)) + self.Z
@@ -295,10 +295,10 @@ class _SlopedProblem(MatrixProblem):
         return _SlopedProblem(state_matrix, self.slope * gain, self.source * gain, self.order)
 
     @property
-    def contracts(self) -> bool:
+    def contraction(self) -> float:
         state_matrix = self.state_matrix.transpose() if self.order == 1 else self.state_matrix
         steepest = float(self.slope.abs().max()) if self.slope.numel() else 0.0
-        return steepest * float(inf_norm_bound(state_matrix)) < 1
+        return steepest * float(inf_norm_bound(state_matrix))
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.state_matrix.precise.apply(to_precise(x)) * self.slope + self.source, self.slope

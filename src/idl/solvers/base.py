@@ -1,5 +1,6 @@
 """What a solver may ask of a map, what a solver is, and what a user gets back."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -103,9 +104,9 @@ class Problem(ABC):
         return self
 
     @property
-    def contracts(self) -> bool:
-        """Whether the map is proved to contract in its norm; to ask costs about what a product costs."""
-        return False
+    def contraction(self) -> float:
+        """Factor by which the map is proved to contract in its norm if below 1; to ask costs about a product."""
+        return math.inf
 
     @property
     def can_solve(self) -> bool:

@@ -29,9 +29,9 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
 
     A row has converged when its estimated error is within the tolerance, or its last step is down at rounding: a few
     units in the last place of ``x``, or within the tolerance and no smaller for a while, with ``x`` staying within the
-    tolerance too (a function may be rounded coarser than its values are, as attention with large scores is). A row
-    whose first images are not finite becomes NaN and costs no further step; a row that does not converge gets the
-    best iterate that it had.
+    tolerance too and its error not unknown (a function may be rounded coarser than its values are, as attention with
+    large scores is). A row whose first images are not finite becomes NaN and costs no further step; a row that does not
+    converge gets the best iterate that it had.
 
     Args:
         solver: The method.
@@ -110,7 +110,8 @@ class _Best(NamedTuple):
         """Return the better of these and the present iterates, row by row; the last step cost ``cost``."""
         since = torch.where(state.residual < self.residual, 0, self.since + cost)
         near = (self.residual <= state.tolerance) & (problem.distance(state.x, self.x) <= state.tolerance)
-        stuck = near & (since >= _STUCK) & ~has_run_away(problem, state.x, first)  # its best stays its best
+        stuck = near & (since >= _STUCK) & state.error.isfinite()
+        stuck &= ~has_run_away(problem, state.x, first)  # its best stays its best
         better = state.residual.isfinite() & (state.residual <= self.residual) | (done & ~self.settled)
         return _Best(
             torch.where(better[:, None], state.x, self.x),

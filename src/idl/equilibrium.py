@@ -11,7 +11,6 @@ from idl import activations, checks
 from idl.activations import Activation
 from idl.differentiation.base import AbstractAdjoint, FailureReport, OnFailure, check_methods
 from idl.differentiation.implicit import ImplicitAdjoint, without_autocast
-from idl.linalg.norms import inf_norm
 from idl.linalg.operators import Dense, StateMatrix, StrictlyUpper, to_precise
 from idl.linalg.sparse import linear
 from idl.maps.affine import AffineMap
@@ -240,7 +239,7 @@ def advice(
     state_matrix: StateMatrix, parametric: ParametricMap, phi: Activation, solver: AbstractFixedPointSolver
 ) -> str:
     """Return what is known of why a solve with this matrix did not converge, and what to try."""
-    norm = float(inf_norm(state_matrix.detached()))
+    norm = float(state_matrix.detached().inf_norm())
     if phi.lipschitz is not None and norm * phi.lipschitz < 1:
         contracts = "so the map contracts, but slowly"
     elif norm < 1:

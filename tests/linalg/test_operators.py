@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from idl.linalg.operators import Dense, Factored, StrictlyLower, StrictlyUpper, to_precise
+from idl.linalg.operators import Dense, Factored, Sparse, StrictlyLower, StrictlyUpper, to_precise
+from idl.linalg.sparse import compressed
 from problems import random
 
 
@@ -197,6 +198,41 @@ def test_gradients_pass_through_an_operator(operator, rows):
 
 def test_precise_means_float64():
     assert to_precise(torch.ones(2)).dtype == torch.float64
+
+
+def test_its_norm_and_the_bounds_on_its_sums_are_those_of_the_matrix(operator):
+    A = operator.dense()
+    assert float(operator.inf_norm()) == pytest.approx(float(A.abs().sum(1).max()), rel=1e-13)
+    exact = not isinstance(operator, Factored)  # whose bounds are those of the products of magnitudes
+    for bound, sums in ((operator.row_sum_bound, A.abs().sum(1)), (operator.column_sum_bound, A.abs().sum(0))):
+        assert bound >= float(sums.max()) * (1 - 1e-13)
+        assert not exact or bound == pytest.approx(float(sums.max()), rel=1e-13)
+
+
+def test_the_bounds_of_factors_are_those_of_the_products_of_their_magnitudes(generator):
+    operator = _factored(6, generator)
+    magnitudes = operator.left.abs() @ operator.right.abs().T
+    assert operator.row_sum_bound == pytest.approx(float(magnitudes.sum(1).max()), rel=1e-13)
+    assert operator.column_sum_bound == pytest.approx(float(magnitudes.sum(0).max()), rel=1e-13)
+
+
+def test_the_sums_of_compressed_rows_are_found_without_the_dense_matrix(generator, monkeypatch):
+    A = torch.randn(7, 7, generator=generator, dtype=torch.float64).relu()
+    A[2], A[:, 3] = 0, 0
+    operator = Sparse(compressed(A))
+    monkeypatch.setattr(Sparse, "dense", lambda self: pytest.fail("made dense"))
+    assert float(operator.inf_norm()) == pytest.approx(float(A.sum(1).max()), rel=1e-13)
+    assert operator.row_sum_bound == pytest.approx(float(A.sum(1).max()), rel=1e-13)
+    assert operator.column_sum_bound == pytest.approx(float(A.sum(0).max()), rel=1e-13)
+
+
+@pytest.mark.parametrize("make", [lambda: Dense(torch.zeros(0, 0)), lambda: Factored(*torch.zeros(2, 0, 1))])
+def test_a_matrix_without_units_has_sums_of_zero(make):
+    assert make().row_sum_bound == make().column_sum_bound == 0
+
+
+def test_its_diagonal_is_that_of_the_matrix(operator):
+    close(operator.diagonal(), operator.dense().diagonal())
 
 
 @pytest.mark.parametrize("rank", [32, 33])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from idl.linalg import sparse, systems
+from idl.linalg.norms import row_sum_bounds, row_sums
 
 
 def to_precise(tensor: Tensor) -> Tensor:
@@ -98,6 +99,20 @@ class Dense:
         """The operator in float64 where the device has it; converted once."""
         return type(self)(to_precise(self.matrix))
 
+    def inf_norm(self) -> Tensor:
+        r"""Return :math:`\|A\|_\infty`, the largest row sum of ``|A|``."""
+        return row_sums(self.matrix).amax()
+
+    @cached_property
+    def row_sum_bound(self) -> float:
+        """A bound on the row sums of ``|A|`` at the price of a product: here the largest of them."""
+        return float(self.inf_norm()) if self.dim else 0.0
+
+    @cached_property
+    def column_sum_bound(self) -> float:
+        """A bound on the column sums of ``|A|``, as :attr:`row_sum_bound` is on those of the rows."""
+        return self.transpose().row_sum_bound
+
     def detached(self) -> "Dense":
         """Return the operator without its gradient."""
         return type(self)(self.matrix.detach())
@@ -155,6 +170,20 @@ class Sparse(Dense):
         """Return the operator of ``A`` with a diagonal of zeros, and rows multiplied by ``gain``."""
         values = torch.where(self._rows == self.matrix.col_indices(), 0, self.matrix.values())
         return Sparse(sparse.with_values(self.matrix, values if gain is None else values * gain[self._rows]))
+
+    def inf_norm(self) -> Tensor:
+        r"""Return :math:`\|A\|_\infty`."""
+        return self._sums(self._rows)
+
+    @cached_property
+    def column_sum_bound(self) -> float:
+        """The largest column sum of ``|A|``."""
+        return float(self._sums(self.matrix.col_indices())) if self.dim else 0.0
+
+    def _sums(self, places: Tensor) -> Tensor:
+        """Return the largest sum of the magnitudes that share a place."""
+        values = self.matrix.values().abs()
+        return values.new_zeros(self.dim).index_add_(0, places, values).amax()
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -227,6 +256,10 @@ class Factored:
         by_right = None if right is None else (x @ right) @ self.left.T
         return by_left if by_right is None else by_right if by_left is None else by_left + by_right
 
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of ``A``."""
+        return (self.left * self.right).sum(-1)
+
     can_solve = True
 
     @property
@@ -268,6 +301,21 @@ class Factored:
     def precise(self) -> "Factored":
         """The operator in float64 where the device has it; converted once."""
         return Factored(to_precise(self.left), to_precise(self.right))
+
+    def inf_norm(self) -> Tensor:
+        r"""Return :math:`\|A\|_\infty`; ``A`` is multiplied out some rows at a time: ``n^2`` numbers are never held."""
+        chunks = torch.split(self.left, 1024)
+        return torch.stack([row_sums(rows @ self.right.T).amax() for rows in chunks]).amax()
+
+    @cached_property
+    def row_sum_bound(self) -> float:
+        """A bound on the row sums of ``|A|`` in ``O(n r)``: those of ``|left| |right|^T``."""
+        return float(row_sum_bounds(self.left, self.right).amax()) if self.dim else 0.0
+
+    @cached_property
+    def column_sum_bound(self) -> float:
+        """A bound on the column sums of ``|A|``, as :attr:`row_sum_bound` is on those of the rows."""
+        return self.transpose().row_sum_bound
 
     def detached(self) -> "Factored":
         """Return the operator without its gradient."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from idl import activations
 from idl.activations import Activation
-from idl.linalg.norms import inf_norm_bound
 from idl.linalg.operators import Dense, StateMatrix, StrictlyLower, StrictlyUpper, to_precise
 from idl.maps.base import Adjoint, Parameters, ParametricMap, add, front
 from idl.solvers.base import Problem
@@ -250,7 +249,7 @@ class _AffineProblem(MatrixProblem):
     @property
     def contraction(self) -> float:
         lipschitz = self.activation.lipschitz
-        return math.inf if lipschitz is None else lipschitz * float(inf_norm_bound(self.state_matrix))
+        return math.inf if lipschitz is None else lipschitz * self.state_matrix.row_sum_bound
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.state_matrix.precise.apply(to_precise(x)) + self.Z
@@ -296,9 +295,9 @@ class _SlopedProblem(MatrixProblem):
 
     @property
     def contraction(self) -> float:
-        state_matrix = self.state_matrix.transpose() if self.order == 1 else self.state_matrix
         steepest = float(self.slope.abs().max()) if self.slope.numel() else 0.0
-        return steepest * float(inf_norm_bound(state_matrix))
+        matrix = self.state_matrix
+        return steepest * (matrix.column_sum_bound if self.order == 1 else matrix.row_sum_bound)
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.state_matrix.precise.apply(to_precise(x)) * self.slope + self.source, self.slope

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from idl import Adaptive, Anderson, ImplicitAdjoint, ImplicitFunction, Newton, Picard
+from idl import Adaptive, Anderson, ImplicitAdjoint, ImplicitFunction, Newton, Picard, activations
+from idl.linalg.operators import Dense
+from idl.maps.affine import AffineMap, SlopedMap
 
 SOLVERS = [Picard, Anderson, Newton, Adaptive]
 
@@ -93,3 +95,31 @@ def test_a_sample_that_is_not_finite_leaves_the_others_right():
     assert bool(x[2].isnan().all())
     others = torch.tensor([0, 1, 3, 4])
     torch.testing.assert_close(x[others], exact[others], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("own", [0.51, 0.95])
+@pytest.mark.parametrize("order", ["relu", "max norm", "1-norm"])
+def test_an_error_is_within_its_factor_times_the_last_step(order, own):
+    ratios = []
+    for seed in range(10):
+        A, source = self_fed(own, seed=seed), drawn(4, 6, seed=seed + 1)
+        if seed % 2:  # every unit alike
+            A = own * torch.eye(6, dtype=torch.float64) + (0.99 - own) * (1 - torch.eye(6, dtype=torch.float64)) / 5
+        slope = torch.rand(4, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        slope[:2] = 1
+        if order == "relu":
+            problem = AffineMap(Dense, activations.relu).at((source, A))
+        else:
+            matrix, norm = (A, torch.inf) if order == "max norm" else (A.T, 1.0)
+            problem = SlopedMap(Dense, order=norm).at((slope, source, matrix))
+        eased = problem.eased()
+        assert eased is not problem
+        truth = point = eased.start(None)
+        step = drawn(4, 6, seed=seed + 2)
+        step = -step.abs() if seed % 2 else step
+        for _ in range(2000):
+            truth, point = eased(truth), eased(point) - step
+        ratio = eased.distance(eased(point), truth) / eased.distance(eased(point), point)
+        assert float(ratio.max()) <= eased.error_factor * (1 + 1e-9)
+        ratios.append(float(ratio.max()) / eased.error_factor)
+    assert max(ratios) > 0.5  # the bound is one that errors come near

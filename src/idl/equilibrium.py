@@ -118,8 +118,12 @@ def attempt(
     solver: AbstractFixedPointSolver,
     adjoint: AbstractAdjoint,
     on_failure: OnFailure,
+    contraction: float | None = None,
 ) -> Attempt:
-    """Solve as :func:`equilibrium` does, without the extra application of the map that measures the residual."""
+    """Solve as :func:`equilibrium` does, without the extra application of the map that measures the residual.
+
+    Where the map is known to contract, ``contraction`` says by which factor.
+    """
     state_matrix = A if isinstance(A, StateMatrix) else Dense(checks.square_matrix("A", A))
     _check_shapes(state_matrix, B, u, bias, x0)
     Z = linear(u, B, bias)
@@ -131,7 +135,7 @@ def attempt(
         rows = rows.reshape(-1, rows.shape[-1])
     tensors = [t.to(precision) for t in state_matrix.tensors]
     start = None if x0 is None else x0.to(precision).expand(Z.shape).reshape(rows.shape)
-    parametric, rest = parametric_map(state_matrix, tensors, phi, rows.to(u.dtype))
+    parametric, rest = parametric_map(state_matrix, tensors, phi, rows.to(u.dtype), contraction)
     parameters = (rows, *rest)
     if isinstance(parametric, GeneralMap) and start is None:
         start = torch.zeros_like(rows)
@@ -145,7 +149,7 @@ def attempt(
 
 
 def parametric_map(
-    state_matrix: StateMatrix, tensors: list[Tensor], phi: Activation, z: Tensor
+    state_matrix: StateMatrix, tensors: list[Tensor], phi: Activation, z: Tensor, contraction: float | None = None
 ) -> tuple[ParametricMap, Parameters]:
     """Return the map ``phi(x A^T + Z)``, and its parameters after ``Z``.
 
@@ -154,11 +158,12 @@ def parametric_map(
         tensors: Its tensors, in the precision of the solve.
         phi: The activation.
         z: Pre-activations of some samples, in the dtype of the input, to see what ``phi`` reads.
+        contraction: Factor by which the map is known to contract, if it is.
     """
     learned = [] if phi in activations.BY_NAME.values() else _learned(phi, z)
     kind, dtype = type(state_matrix), tensors[0].dtype
     if phi.derivative is not None and not any(tensor.requires_grad for tensor in learned):
-        return AffineMap(kind, phi), tuple(tensors)
+        return AffineMap(kind, phi, contraction), tuple(tensors)
     # Autograd has to see all of phi: its derivative, or what it has learned.
     nilpotent = state_matrix.dim if isinstance(state_matrix, StrictlyUpper) else None
     learned_in_precision = (t.to(dtype) if t.is_floating_point() else t for t in learned)

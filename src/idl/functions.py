@@ -192,7 +192,8 @@ class ImplicitFunction:
         # Before the constraint, which would fail on them with less to say.
         first = _first(A)
         check_tensors(first, B, u, bias, x0)
-        found = attempt(self._admitted(A), B, u, bias, self.activation, x0, self.solver, self.adjoint, self.on_failure)
+        methods = self.solver, self.adjoint, self.on_failure
+        found = attempt(self._admitted(A), B, u, bias, self.activation, x0, *methods, self.contraction)
         dtype = torch.promote_types(first.dtype, u.dtype)
         return found if found.x.dtype == dtype else found._replace(x=found.x.to(dtype))
 

@@ -91,24 +91,27 @@ class _Call:
     subject: str
     rate: float | None = None
     """Contraction to expect; after the solve that which was measured. It plans, and decides nothing."""
+    contraction: float | None = None
+    """Factor by which the map is proved to contract, once known; a derivative contracts as much in the norm it has."""
     ease: bool = True
     """Whether to look for a better form of the map; after the solve whether one was found."""
 
     def derivative(self, parametric: ParametricMap, subject: str) -> "_Call":
         """Return the call that solves for a derivative of this one: its map contracts as this one does at the end."""
         solver = self.derivative_solver
-        return _Call(parametric, solver, solver, self.report, subject, self.rate, self.ease)
+        return _Call(parametric, solver, solver, self.report, subject, self.rate, self.contraction, self.ease)
 
 
 class _FixedPoint(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, x0: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         problem = call.parametric.at(parameters)
+        problem.known = problem.known if call.contraction is None else call.contraction
         eased = problem.eased() if call.ease else problem
         eased.rate, call.ease = call.rate, eased is not problem
         dtype = (parameters[0] if x0 is None else x0).dtype
         result = iterate(call.solver, eased, x0, dtype)
-        call.rate = result.rate
+        call.rate, call.contraction = result.rate, problem.known
         call.report(result, call.solver, problem, call.subject)
         x = result.x
         if any(x is given for given in (x0, *parameters)):  # solved by itself; autograd wants outputs of their own
@@ -157,11 +160,11 @@ class _FixedPoint(torch.autograd.Function):
         size, (_, x0_dim, *dims) = info.batch_size, in_dims
         folded = call.parametric.fold(size, parameters, dims)
         if folded is None:
-            # A state matrix for each mapped index: no common product exists, and each solve takes steps of its own.
+            # A state matrix for each mapped index: no common product exists, and each contracts in its own way.
             fronted = [front(p, d) for p, d in zip(parameters, dims, strict=True)]
             outputs = [
                 _applied(
-                    call,
+                    replace(call),
                     x0 if x0 is None or x0_dim is None else x0.select(x0_dim, i),
                     tuple(p if d is None else p[i] for p, d in zip(fronted, dims, strict=True)),
                 )

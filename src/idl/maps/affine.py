@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,15 +26,19 @@ class AffineMap(ParametricMap):
     Args:
         kind: Class of the state matrix, which the tensors after ``Z`` build.
         activation: The activation.
+        contraction: Factor by which the map is known to contract in the max norm, if it is.
     """
 
     kind: type[StateMatrix]
     activation: Activation
+    contraction: float | None = None
 
     def at(self, parameters: Parameters) -> "_AffineProblem":
         """Return the map of these parameters, for a solver."""
         Z, *tensors = parameters
-        return _AffineProblem(self.kind(*tensors), Z, self.activation)
+        problem = _AffineProblem(self.kind(*tensors), Z, self.activation)
+        problem.known = self.contraction
+        return problem
 
     def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
         """Return the map as a function that autograd can record."""
@@ -178,6 +183,15 @@ class MatrixProblem(Problem):
         """Return the norm of each row."""
         return self.reduced(x.abs())
 
+    def eased_error_factor(self, eased_factor: float, own: Tensor) -> float:
+        """Return the error factor of an eased form of this problem, in which ``own`` is the part it is solved for.
+
+        A residual is at most ``max(1, 1 - own)`` times that of the eased form at the same point, and its image lies
+        a residual farther from the fixed point than that.
+        """
+        largest = max(1.0, 1 - float(own.min()))
+        return min(eased_factor, (1 + self.error_factor) * largest + 1)
+
     @abstractmethod
     def reduced(self, sizes: Tensor) -> Tensor:
         """Return the norm over the last dimension of what has these absolute values."""
@@ -244,19 +258,43 @@ class _AffineProblem(MatrixProblem):
         Row sums of ``kappa`` become at most ``(kappa - a) / (1 - a) <= kappa``.
         """
         eased = easier_relu(self.state_matrix) if self.activation == activations.relu else None
-        return self if eased is None else _AffineProblem(eased[0], self.Z * eased[1], self.activation)
+        if eased is None:
+            return self
+        return _EasedAffineProblem(eased[0], self.Z * eased[1], self.activation, self)
 
-    @property
-    def contraction(self) -> float:
+    def contraction_bound(self) -> float:
         lipschitz = self.activation.lipschitz
         return math.inf if lipschitz is None else lipschitz * self.state_matrix.row_sum_bound
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.state_matrix.precise.apply(to_precise(x)) + self.Z
+        z = self.preactivation(to_precise(x))
         return self.activation(z), self.activation.slope(z).to(self.Z.dtype)
+
+    def preactivation(self, x: Tensor) -> Tensor:
+        return self.state_matrix.precise.apply(x) + self.Z
 
     def substitute(self, x: Tensor | None) -> Tensor | None:
         return _substitute(self.state_matrix, self.Z, lambda units, z: self.activation(z))
+
+
+@dataclass(eq=False)
+class _EasedAffineProblem(_AffineProblem):
+    """The eased form of a problem, with residuals as if nothing in it had been rounded."""
+
+    original: _AffineProblem
+
+    @cached_property
+    def error_factor(self) -> float:
+        return self.original.eased_error_factor(super().error_factor, self.original.state_matrix.diagonal())
+
+    def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = to_precise(x)
+        own = to_precise(self.original.state_matrix.diagonal())
+        z = self.original.preactivation(x).sub_(own * x).div_(1 - own)
+        return self.activation(z), self.activation.slope(z).to(self.Z.dtype)
+
+    def restrict(self, rows: Tensor) -> "_EasedAffineProblem":
+        return replace(self, Z=self.Z[rows], original=self.original.restrict(rows))
 
 
 @dataclass(eq=False)
@@ -291,10 +329,9 @@ class _SlopedProblem(MatrixProblem):
         if eased is None:
             return self
         state_matrix, gain = eased
-        return _SlopedProblem(state_matrix, self.slope * gain, self.source * gain, self.order)
+        return _EasedSlopedProblem(state_matrix, self.slope * gain, self.source * gain, self.order, self)
 
-    @property
-    def contraction(self) -> float:
+    def contraction_bound(self) -> float:
         steepest = float(self.slope.abs().max()) if self.slope.numel() else 0.0
         matrix = self.state_matrix
         return steepest * (matrix.column_sum_bound if self.order == 1 else matrix.row_sum_bound)
@@ -308,6 +345,27 @@ class _SlopedProblem(MatrixProblem):
             torch.zeros_like(self.source),
             lambda units, z: torch.addcmul(self.source[:, units], self.slope[:, units], z),
         )
+
+
+@dataclass(eq=False)
+class _EasedSlopedProblem(_SlopedProblem):
+    """The eased form of a problem, with residuals as if nothing in it had been rounded."""
+
+    original: _SlopedProblem
+
+    @cached_property
+    def error_factor(self) -> float:
+        own = self.original.slope * self.original.state_matrix.diagonal()
+        return self.original.eased_error_factor(super().error_factor, own)
+
+    def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = to_precise(x)
+        value, slope = self.original.linearise(x)
+        own = slope * to_precise(self.original.state_matrix.diagonal())
+        return value.sub_(own * x).div_(1 - own), self.slope
+
+    def restrict(self, rows: Tensor) -> "_EasedSlopedProblem":
+        return replace(self, slope=self.slope[rows], source=self.source[rows], original=self.original.restrict(rows))
 
 
 def affine_problem(state_matrix: StateMatrix, Z: Tensor, activation: Activation) -> MatrixProblem:

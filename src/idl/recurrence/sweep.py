@@ -188,6 +188,8 @@ class _Sweep:
         slowest = self.plan.slowest if self.plan.warm else None
         q, r = ratios if slowest is None else at_least_as_slow(ratios, slowest)
         error = r * (r / (q - r).clamp_min_(torch.finfo(r.dtype).tiny))
+        if judge.amplification:
+            error = torch.maximum(error, judge.amplification * r)
         numbers = [*ratios.amax(1), error.amax()]
         drifts = size < len(x) and len(x) % size == 0
         if drifts:

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ class Solution:
         residual: ``|f(x) - x|`` at the returned ``x``, largest entry. Evaluated in float64, from ``u`` on, where the
             activation has a known derivative and the device has float64; else in the precision of the solve.
         steps: Applications of the map, or of its linearisation, that were spent.
-        converged: Whether the estimated error reached the tolerance (or the rounding floor of the dtype).
+        converged: Whether the estimated error reached the tolerance (or the rounding floor of the dtype); the proved
+            error where the map contracts by ``kappa`` so close to 1 that an estimate may be far too small.
         error_bound: Proved bound on the largest entry of ``|x - x*|``, ``residual / (1 - kappa)``, where the map is
             known to contract by ``kappa`` in the max norm; ``None`` where nothing is proved or the residual is rounded.
 
@@ -39,6 +41,9 @@ class Solution:
     error_bound: Float[Tensor, "*batch"] | None = None
 
 
+_BELIEVED = 128  # times an estimate that an error may be; at kappa = .99, that of the models, it may be a hundred
+
+
 class Problem(ABC):
     """A map ``x -> f(x)`` on rows ``(rows, n)``, as a solver sees it.
 
@@ -54,6 +59,8 @@ class Problem(ABC):
 
     Its slow part can be hidden below steps of faster parts, or cancel with them, until these have died away.
     """
+    known: float | None = None
+    """Contraction that is proved already, of this problem or of one that contracts no faster."""
     newton_is_cheap: bool = False
     """Whether a product with the Jacobian costs about what an application of the map costs."""
 
@@ -105,8 +112,28 @@ class Problem(ABC):
 
     @property
     def contraction(self) -> float:
-        """Factor by which the map is proved to contract in its norm if below 1; to ask costs about a product."""
+        """Factor by which the map is proved to contract in its norm if below 1; found once, by a product or two."""
+        if self.known is None:
+            self.known = self.contraction_bound()
+        return self.known
+
+    def contraction_bound(self) -> float:
+        """Return a bound on the factor by which the map contracts in its norm; ``inf`` where none is known."""
         return math.inf
+
+    @cached_property
+    def error_factor(self) -> float:
+        """Times the last step that the error of an image is at most, as is proved; ``inf`` where nothing is."""
+        return self.contraction / (1 - self.contraction) if self.contraction < 1 else math.inf
+
+    @property
+    def amplification(self) -> float:
+        """The :attr:`error_factor` where an estimate is not believed, since a slow part may hide below it; else 0.
+
+        The few steps of an estimate tell how the fastest parts of an error shrink. At a factor of a hundred it may be
+        a hundred times too small, which is what tolerances are for; at ten thousand it says nothing.
+        """
+        return self.error_factor if _BELIEVED < self.error_factor < math.inf else 0.0
 
     @property
     def can_solve(self) -> bool:

@@ -29,9 +29,9 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
 
     A row has converged when its estimated error is within the tolerance, or its last step is down at rounding: a few
     units in the last place of ``x``, or within the tolerance and no smaller for a while, with ``x`` staying within the
-    tolerance too and its error not unknown (a function may be rounded coarser than its values are, as attention with
-    large scores is). A row whose first images are not finite becomes NaN and costs no further step; a row that does not
-    converge gets the best iterate that it had.
+    tolerance too and no larger error to be expected (a function may be rounded coarser than its values are, as
+    attention with large scores is). A row whose first images are not finite becomes NaN and costs no further step; a
+    row that does not converge gets the best iterate that it had.
 
     Args:
         solver: The method.
@@ -65,9 +65,9 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
             if problem.separable and 4 * int(ended.sum()) >= len(ended):  # from here on copying the rest out pays
                 ended_rows = ended_rows or _EndedRows(rows, best.x)
                 rest = ended_rows.take(ended, best, spent)
-                slowest = problem.slowest
+                known = problem.known
                 problem, first = problem.restrict(rest), first[rest]
-                problem.slowest = slowest
+                problem.known = known
                 best, state = _rows_of(best, rest), _rows_of(state, rest)
         before = state.worst
         state, cost = solver.step(problem, state, solver.max_steps - spent)
@@ -111,6 +111,7 @@ class _Best(NamedTuple):
         since = torch.where(state.residual < self.residual, 0, self.since + cost)
         near = (self.residual <= state.tolerance) & (problem.distance(state.x, self.x) <= state.tolerance)
         stuck = near & (since >= _STUCK) & state.error.isfinite()
+        stuck &= problem.amplification * state.residual <= state.tolerance  # else it may be the step of a slow part
         stuck &= ~has_run_away(problem, state.x, first)  # its best stays its best
         better = state.residual.isfinite() & (state.residual <= self.residual) | (done & ~self.settled)
         return _Best(

@@ -1,5 +1,6 @@
 """Semismooth Newton on each row, with Krylov or direct inner solves."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,8 +39,8 @@ class NewtonState(NamedTuple):
     """Whether the last step left more than half of the residual, and not because of rounding."""
     direct: Tensor
     """Whether a row is solved directly from now on."""
-    contraction: float | None
-    """Factor by which the map is proved to contract if below 1; ``None`` until a row is slow."""
+    error_factor: float
+    """That of the problem; finite where the map is proved to contract."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ class Newton(AbstractFixedPointSolver):
     its residual takes plain steps before the next: an eighth of the applications that are left, at most one for each
     unit. With a ReLU and ``A >= 0`` neither undoes the other: after the first exact Newton step iterates rise to the
     solution (Brugnano, Casulli: Iterative Solution of Piecewise Linear Systems, SIAM J. Sci. Comput. 30(1), 2008), and
-    plain steps rise too. Such a row is not called converged, however small its steps are, and once one row has been
-    slow the error of all is the proved one, ``c / (1 - c)`` times the residual where the map contracts by ``c``.
+    plain steps rise too.
+
+    Where the map is proved to contract, by ``c``, the error is the proved one, ``c / (1 - c)`` times the residual. Else
+    it is the last correction times what was gained, and unknown where half of the residual or more is left.
 
     Steps may raise the residual, as they do while the active set of a ReLU settles. Safeguard: a row that has not
     improved on its best in ten steps goes back there and takes a Picard step, so that where the map contracts it gets
@@ -95,7 +98,9 @@ class Newton(AbstractFixedPointSolver):
         worst = largest_ratio(residual, tolerance)
         seen = (value, residual, unknown, tolerance, worst, worst == 0, None)
         no = torch.zeros_like(residual, dtype=torch.bool)
-        return NewtonState(*seen, point, slope, value, residual, torch.zeros_like(residual), no, no, None)
+        return NewtonState(
+            *seen, point, slope, value, residual, torch.zeros_like(residual), no, no, problem.error_factor
+        )
 
     def step(self, problem: Problem, state: NewtonState, budget: int) -> tuple[NewtonState, int]:
         """Take plain steps with the rows that need some, and one Newton step, all rows at once."""
@@ -108,14 +113,14 @@ class Newton(AbstractFixedPointSolver):
         residual = problem.distance(value, point)
         slow = ~(residual <= _SLOW * state.residual)
         slow &= residual > rounding_floor(problem, value, None, value.dtype)
-        # The correction was the error. What is left of it shrinks as the residual does, but for slow directions, which
-        # hardly show in a residual: no more than a tenfold gain is believed. A row without residual is solved.
-        error = problem.norm(correction) * (residual / state.residual).clamp_min(0.1)
-        error = torch.maximum(error, residual - error)  # of the image, which lies as far from the point as that
-        if state.contraction is not None and state.contraction < 1:
-            # A wave that closes a ring brings a thousand times what is left of its steps: here only a proof will do.
-            error = state.contraction / (1 - state.contraction) * residual
-        error = torch.where(state.residual == 0, 0, torch.where(lost | slow | failed, torch.inf, error))
+        if state.error_factor < math.inf:
+            error = state.error_factor * residual
+        else:
+            # The correction was the error. What is left of it shrinks as the residual does, but for slow directions,
+            # which hardly show in a residual: no more than a tenfold gain is believed. No residual, no error.
+            error = problem.norm(correction) * (residual / state.residual).clamp_min(0.1)
+            error = torch.maximum(error, residual - error)  # of the image, which lies as far from the point as that
+            error = torch.where(state.residual == 0, 0, torch.where(lost | slow | failed, torch.inf, error))
         better = residual < state.best_residual
         return NewtonState(
             value,
@@ -132,7 +137,7 @@ class Newton(AbstractFixedPointSolver):
             torch.where(better | lost, 0, state.stale + 1),
             slow,
             state.direct | short,
-            state.contraction,
+            state.error_factor,
         ), plain + spent + 1
 
     def _solve(
@@ -143,7 +148,7 @@ class Newton(AbstractFixedPointSolver):
         if problem.solve_is_cheap:
             return problem.solve(slope, defect), none, none, 1
         # Without a contraction there may be nothing to find, and LU at each step finds that out at a high price.
-        may_be_direct = _contracts(state) and problem.can_solve and defect.shape[1] <= _DIRECT_UP_TO
+        may_be_direct = state.error_factor < math.inf and problem.can_solve and defect.shape[1] <= _DIRECT_UP_TO
         direct = state.direct if may_be_direct else none
         correction, short, failed, products = torch.zeros_like(defect), none.clone(), none.clone(), 0
         if may_be_direct and 2 * int(direct.sum()) > len(direct):
@@ -167,17 +172,11 @@ class Newton(AbstractFixedPointSolver):
         return correction, short, failed, products
 
 
-def _contracts(state: NewtonState) -> bool:
-    return state.contraction is not None and state.contraction < 1
-
-
 def _with_plain_steps(problem: Problem, state: NewtonState, budget: int) -> tuple[NewtonState, int]:
     """Return the state after plain steps of the rows that are slow, if these are sure to lead on, and their number."""
-    if state.contraction is None and bool((state.slow | state.direct).any()):
-        state = state._replace(contraction=problem.contraction)
     steps = min(state.x.shape[1], budget // _PLAIN_SHARE)
     rows = state.slow.nonzero()[:, 0]
-    if steps < 3 or not len(rows) or not _contracts(state):
+    if steps < 3 or not len(rows) or state.error_factor == math.inf:
         return state, 0
     part = problem.restrict(rows)
     x, _ = part.burst(state.x[rows].to(state.slope.dtype), steps - 1)

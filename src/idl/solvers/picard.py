@@ -25,6 +25,10 @@ class PicardState(NamedTuple):
     remaining: float
     """Applications that the rate still needs; ``inf`` if the steps grow."""
     spent: int
+    slowest: float | None
+    """That of the problem: a smaller contraction is not believed."""
+    amplification: float
+    """Times its last step that the error of a row is taken to be at least."""
     suspect: bool = False
     """Whether the test before this one already found it slow; for a solver that may change the method."""
 
@@ -32,7 +36,8 @@ class PicardState(NamedTuple):
     def error(self) -> Tensor:
         """Error of each row by the geometric series; in effect infinite where a step is no smaller than the last."""
         tiny = torch.finfo(self.residual.dtype).tiny
-        return self.residual * (self.residual / (self.before - self.residual).clamp_min_(tiny))
+        series = self.residual * (self.residual / (self.before - self.residual).clamp_min_(tiny))
+        return torch.maximum(series, self.amplification * self.residual) if self.amplification else series
 
 
 _ROUNDING = 4  # steps of so many tolerances that do not shrink are rounding, or nearly
@@ -44,8 +49,9 @@ class Picard(AbstractFixedPointSolver):
     r"""Iterate :math:`x \leftarrow (1-\alpha)\,x + \alpha f(x)`.
 
     Steps come in bursts, and a test looks at the last two steps of one. Their ratio is the contraction of each row,
-    from which follow its error, by the geometric series (Aitken), and the length of the next burst. A test costs as
-    much as a step of a small problem on a CPU, and a synchronisation on a GPU.
+    from which follow its error, by the geometric series (Aitken), and the length of the next burst. Where the map is
+    proved to contract too slowly for that to be believed, the error is the proved one. A test costs as much as a step
+    of a small problem on a CPU, and a synchronisation on a GPU.
 
     Args:
         atol, rtol, max_steps: See :class:`AbstractFixedPointSolver`.
@@ -73,7 +79,8 @@ class Picard(AbstractFixedPointSolver):
         x = problem.start(x)
         tolerance = self.tolerance(problem, x)
         unknown = torch.full_like(tolerance, math.inf)
-        return PicardState(x, unknown, unknown, tolerance, math.inf, False, None, self._first_burst(problem), 1), 1
+        seen = (x, unknown, unknown, tolerance, math.inf, False, None)
+        return PicardState(*seen, self._first_burst(problem), 1, problem.slowest, problem.amplification), 1
 
     def step(self, problem: Problem, state: PicardState, budget: int) -> tuple[PicardState, int]:
         """Apply the map as often as is expected to be needed, at most as often as until now, then test."""
@@ -85,23 +92,24 @@ class Picard(AbstractFixedPointSolver):
         ratios = sizes / state.tolerance
         before, worst = _largest(ratios)
         rate = contraction(before, worst)
-        if problem.slowest is not None:
-            sizes, ratios = (at_least_as_slow(pair, problem.slowest) for pair in (sizes, ratios))
+        if state.slowest is not None:
+            sizes, ratios = (at_least_as_slow(pair, state.slowest) for pair in (sizes, ratios))
             before, worst = _largest(ratios)
-        remaining = _steps_until_done(before, worst)
+        remaining = _steps_until_done(before, worst, state.amplification)
         # Seen together the rows are done no later than the last of them: only then is it worth a look at each.
         settled = remaining == 0 and _all_settled(ratios)
         if not math.isfinite(worst):  # a lost sample must not slow the others down
-            remaining = _steps_until_done(*_largest(ratios[:, ratios[1].isfinite()]))
-        first, last = sizes
-        return PicardState(x, first, last, state.tolerance, worst, settled, rate, remaining, state.spent + steps), steps
+            before, last = _largest(ratios[:, ratios[1].isfinite()])
+            remaining = _steps_until_done(before, last, state.amplification)
+        seen = (x, sizes[0], sizes[1], state.tolerance, worst, settled, rate)
+        return PicardState(*seen, remaining, state.spent + steps, state.slowest, state.amplification), steps
 
     def _first_burst(self, problem: Problem) -> float:
         """Return how many steps to take before the first test: two tell a rate, a known rate tells more."""
         if problem.rate is None or not self.rtol or self.atol:
             return 2.0
         # From a start at zero the first step has the size that the tolerance refers to.
-        planned = _steps_until_done(1 / (self.rtol * problem.rate), 1 / self.rtol)
+        planned = _steps_until_done(1 / (self.rtol * problem.rate), 1 / self.rtol, problem.amplification)
         return planned if 2 <= planned <= _LONGEST_PLAN else 2.0
 
     def _burst(self, problem: Problem, state: PicardState, steps: int) -> tuple[Tensor, Tensor]:
@@ -139,14 +147,14 @@ def _all_settled(ratios: Tensor) -> bool:
     return not ratios.shape[1] or float(torch.addcmul(last, last, last).sub_(before).amax()) <= 0
 
 
-def _steps_until_done(before: float, worst: float) -> float:
+def _steps_until_done(before: float, worst: float, amplification: float) -> float:
     """Return the steps after which the estimated error is within the tolerance, if all rows were like the worst one."""
     if worst >= before > 0 or not math.isfinite(before + worst):
         return math.inf
-    if worst * worst <= before - worst:
+    if worst * worst <= before - worst and worst * amplification <= 1:
         return 0.0
     rate = contraction(before, worst)
-    if rate is None or not math.isfinite(remaining := worst * rate / (1 - rate)):
+    if rate is None or not math.isfinite(remaining := worst * max(rate / (1 - rate), amplification)):
         return math.inf
     # A fifth of a step of margin: a burst that just misses costs a test and a step, one that is too long a step.
     return float(math.ceil(math.log(remaining) / -math.log(rate) + 0.2))

@@ -123,3 +123,36 @@ def test_an_error_is_within_its_factor_times_the_last_step(order, own):
         assert float(ratio.max()) <= eased.error_factor * (1 + 1e-9)
         ratios.append(float(ratio.max()) / eased.error_factor)
     assert max(ratios) > 0.5  # the bound is one that errors come near
+
+
+@pytest.mark.parametrize("solver", [Newton, Adaptive])
+@pytest.mark.parametrize(("row_sum", "own", "size", "atol"), [(0.9999, 0.99, 100.0, 3e-6), (0.999, 0.999, 1.0, 1e-9)])
+def test_large_states_converge_in_float64_where_some_units_feed_themselves(row_sum, own, size, atol, solver):
+    n, generator = 60, torch.Generator().manual_seed(2)
+    part = own * torch.rand(n, generator=generator, dtype=torch.float64)
+    part[0], part[1] = 0, own
+    others = torch.rand(n, n, generator=generator, dtype=torch.float64).fill_diagonal_(0)
+    A = row_sum * (torch.diag(part) + (1 - part)[:, None] * others / others.sum(1, keepdim=True))
+    eye, u = torch.eye(n, dtype=torch.float64), size * torch.rand(4, n, generator=generator, dtype=torch.float64)
+    found = ImplicitFunction(solver=solver(atol), on_failure="raise").solution(A, eye, u)
+    torch.testing.assert_close(found.x, torch.linalg.solve(eye - A, u.T).T, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_tolerance_of_a_gradient_is_relative_to_the_gradient_that_arrives(solver):
+    n = 20
+    part = torch.zeros(n, dtype=torch.float64)
+    part[0] = 0.99
+    others = torch.rand(n, n, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    A = 0.99 * (torch.diag(part) + (1 - part)[:, None] * others / others.sum(1, keepdim=True))
+    u, g = torch.ones(1, n, dtype=torch.float64).requires_grad_(), torch.eye(n, dtype=torch.float64)[:1]
+    eye, adjoint = torch.eye(n, dtype=torch.float64), ImplicitAdjoint(solver(0.0, 1e-4, 5000))
+    ImplicitFunction(solver=Newton(1e-10), adjoint=adjoint)(A, eye, u).backward(g)
+    expected = torch.linalg.solve((eye - A).T, g.T).T
+    assert float((u.grad - expected).abs().sum()) <= 1e-4 * float(g.abs().sum())
+
+
+def test_no_samples_have_a_gradient_of_nothing():
+    A, u = 0.6 * torch.eye(3), torch.zeros(0, 3, requires_grad=True)
+    ImplicitFunction()(A, torch.eye(3), u).sum().backward()
+    assert u.grad.shape == (0, 3)

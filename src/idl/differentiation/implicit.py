@@ -92,7 +92,7 @@ class _Call:
     rate: float | None = None
     """Contraction to expect; after the solve that which was measured. It plans, and decides nothing."""
     contraction: float | None = None
-    """Factor by which the map is proved to contract, once known; a derivative contracts as much in the norm it has."""
+    """Factor below 1 by which the map is proved to contract, once known; a derivative's does too, in its own norm."""
     ease: bool = True
     """Whether to look for a better form of the map; after the solve whether one was found."""
 
@@ -111,7 +111,9 @@ class _FixedPoint(torch.autograd.Function):
         eased.rate, call.ease = call.rate, eased is not problem
         dtype = (parameters[0] if x0 is None else x0).dtype
         result = iterate(call.solver, eased, x0, dtype)
-        call.rate, call.contraction = result.rate, problem.known
+        call.rate = result.rate
+        if problem.known is not None and problem.known < 1:  # slopes at the solution may prove what a bound did not
+            call.contraction = problem.known
         call.report(result, call.solver, problem, call.subject)
         x = result.x
         if any(x is given for given in (x0, *parameters)):  # solved by itself; autograd wants outputs of their own

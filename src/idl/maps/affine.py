@@ -279,7 +279,7 @@ class _AffineProblem(MatrixProblem):
 
 @dataclass(eq=False)
 class _EasedAffineProblem(_AffineProblem):
-    """The eased form of a problem, with residuals as if nothing in it had been rounded."""
+    """The eased form of a problem, whose residuals in float64 know nothing of how it was rounded to less."""
 
     original: _AffineProblem
 
@@ -289,6 +289,8 @@ class _EasedAffineProblem(_AffineProblem):
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = to_precise(x)
+        if self.Z.dtype == x.dtype:  # the form below cancels digits that only a higher precision has to spare
+            return super().linearise(x)
         own = to_precise(self.original.state_matrix.diagonal())
         z = self.original.preactivation(x).sub_(own * x).div_(1 - own)
         return self.activation(z), self.activation.slope(z).to(self.Z.dtype)
@@ -332,7 +334,8 @@ class _SlopedProblem(MatrixProblem):
         return _EasedSlopedProblem(state_matrix, self.slope * gain, self.source * gain, self.order, self)
 
     def contraction_bound(self) -> float:
-        steepest = float(self.slope.abs().max()) if self.slope.numel() else 0.0
+        slope = self.slope.abs().nan_to_num(nan=0.0, posinf=math.inf)  # what is lost proves nothing of the other rows
+        steepest = float(slope.max()) if slope.numel() else 0.0
         matrix = self.state_matrix
         return steepest * (matrix.column_sum_bound if self.order == 1 else matrix.row_sum_bound)
 
@@ -349,9 +352,12 @@ class _SlopedProblem(MatrixProblem):
 
 @dataclass(eq=False)
 class _EasedSlopedProblem(_SlopedProblem):
-    """The eased form of a problem, with residuals as if nothing in it had been rounded."""
+    """The eased form of a problem, whose residuals in float64 know nothing of how it was rounded to less."""
 
     original: _SlopedProblem
+
+    def scale(self, x: Tensor) -> Tensor:
+        return self.original.scale(x)
 
     @cached_property
     def error_factor(self) -> float:
@@ -360,6 +366,8 @@ class _EasedSlopedProblem(_SlopedProblem):
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = to_precise(x)
+        if self.source.dtype == x.dtype:
+            return super().linearise(x)
         value, slope = self.original.linearise(x)
         own = slope * to_precise(self.original.state_matrix.diagonal())
         return value.sub_(own * x).div_(1 - own), self.slope
@@ -389,7 +397,7 @@ def easier_relu(state_matrix: StateMatrix) -> tuple[StateMatrix, Tensor] | None:
 
 def easier_sloped(state_matrix: StateMatrix, slope: Tensor) -> tuple[StateMatrix, Tensor] | None:
     """Return a matrix, and a gain of slope and source with which a sloped map has the same fixed point, if it pays."""
-    if (fed := _self_fed(state_matrix)) is None or not float((slope * fed[1]).max()) < 1:
+    if not len(slope) or (fed := _self_fed(state_matrix)) is None or not float((slope * fed[1]).max()) < 1:
         return None
     A, own = fed
     return A.off_diagonal(), 1 / (1 - slope * own)

@@ -83,7 +83,15 @@ class Steps(ABC):
 
     @abstractmethod
     def eased(self) -> "Steps":
-        """Return equations with the same solutions in which each unit is solved for its own part, if that pays."""
+        """Return equations with the same solutions in which each unit is solved for its own part, if that pays.
+
+        It does not where errors are amplified: of the eased equations less is proved, and their rounding counts more.
+        """
+
+    @property
+    def amplification(self) -> float:
+        """That of all equations together; see :class:`~idl.solvers.base.Problem`."""
+        return self.judge(slice(None), self.carry).amplification  # which does not depend on what drives them
 
     @property
     @abstractmethod
@@ -109,7 +117,7 @@ class AffineSteps(Steps):
     def eased(self) -> "AffineSteps":
         """Return equations that have the same solutions."""
         eased = easier_relu(self.state_matrix) if self.activation == activations.relu else None
-        if eased is None:
+        if eased is None or self.amplification:
             return self
         state_matrix, gain = eased
         gains = torch.nn.functional.pad(gain, (0, len(self.M)), value=1.0)
@@ -154,7 +162,7 @@ class SlopedSteps(Steps):
     def eased(self) -> "SlopedSteps":
         """Return equations that have the same solutions."""
         eased = easier_sloped(self.state_matrix, self.slope)
-        if eased is None:
+        if eased is None or self.amplification:
             return self
         state_matrix, gain = eased
         offset = None if self.offset is None else self.offset * gain

@@ -76,6 +76,7 @@ class _Sweep:
         self.regular = plain and timeline.batch > 0 and steps.finite
         self.direct = self.regular and steps.can_solve
         longest = max(4, min(_LONGEST, _NUMBERS // max(1, timeline.batch * n)))
+        self.doubts = self.regular and not self.direct and bool(steps.amplification)
         self.plan = Plan(solver.max_steps, longest, rate)
         self.work = like.new_empty(3, min(timeline.rows, longest * timeline.batch), n)
         self.underflow = underflow(like.dtype)
@@ -168,13 +169,34 @@ class _Sweep:
         if places.stop < len(self.order):
             after = self.befores[self.order[places.stop]]
             torch.hardshrink(after, self.underflow, out=after)
-        if failed is None:
-            return places.stop
-        place = self.order.index(bisect_right(self.starts, rows.start + failed) - 1)
-        if not self.direct:  # with more applications, or by the solver
-            return place
-        self._solve(place)
-        return place + 1
+        done = places.stop if failed is None else self._place(rows.start + failed)
+        doubted = self._doubted(rows) if self.doubts else None
+        if doubted is not None and (place := self._place(rows.start + doubted)) <= done:
+            done = place
+        elif failed is None or not self.direct:  # what failed gets more applications
+            return done
+        self._solve(done)
+        return done + 1
+
+    def _place(self, row: int) -> int:
+        """Return the place, in reading order, of the time that a row belongs to."""
+        return self.order.index(bisect_right(self.starts, row) - 1)
+
+    def _doubted(self, rows: slice) -> int | None:
+        """Return the first row whose solution is not that of the solver, where only that knows what to believe.
+
+        All rows are solved at once from where they are, given the outputs before them.
+        """
+        n = self.work.shape[2]
+        x, z = self.trajectory[rows, :n], self.trajectory[rows, n:] @ self.Bt
+        if self.steps.source is not None:
+            z += self.steps.source[rows, :n]
+        problem = self.steps.problem(self.steps.state_matrix, rows, z, torch.empty_like(z))
+        result = iterate(self.solver, problem, x, x.dtype)
+        self.taken[rows] += result.steps
+        allowed = torch.maximum(self.solver.tolerance(problem, x), rounding_floor(problem, x, None, x.dtype))
+        error = problem.distance(result.x, x) / allowed
+        return self._first(error.where(result.converged, torch.inf))
 
     def _test(self, rows: slice, work: Tensor, size: int) -> int | None:
         """Test the last two differences; return the first row, in reading order, that is not done."""
@@ -188,8 +210,6 @@ class _Sweep:
         slowest = self.plan.slowest if self.plan.warm else None
         q, r = ratios if slowest is None else at_least_as_slow(ratios, slowest)
         error = r * (r / (q - r).clamp_min_(torch.finfo(r.dtype).tiny))
-        if judge.amplification:
-            error = torch.maximum(error, judge.amplification * r)
         numbers = [*ratios.amax(1), error.amax()]
         drifts = size < len(x) and len(x) % size == 0
         if drifts:

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from torch import Tensor
 
 from idl.solvers.anderson import Anderson, AndersonState
-from idl.solvers.base import AbstractFixedPointSolver, Problem
+from idl.solvers.base import AbstractFixedPointSolver, Problem, is_precise
 from idl.solvers.newton import Newton, NewtonState
 from idl.solvers.picard import Picard, PicardState
 
@@ -19,7 +20,8 @@ class Adaptive(AbstractFixedPointSolver):
 
     Well-conditioned equilibria, the rule in training, cost a few Picard steps and nothing else. Once the measured
     rate predicts more than 200 further steps, or more than ``max_steps`` allow, the iteration goes on from where it
-    is: by :class:`Newton` where the map offers cheap products with its Jacobian, else by :class:`Anderson`.
+    is: by :class:`Newton` where the map offers cheap products with its Jacobian, else by :class:`Anderson`. So it does
+    where Picard has arrived by its own estimate, and in float32 no step of it could prove that.
 
     Args:
         atol, rtol, max_steps: See :class:`AbstractFixedPointSolver`.
@@ -35,9 +37,12 @@ class Adaptive(AbstractFixedPointSolver):
         True
     """
 
+    refines: ClassVar[bool] = True
+
     def init(self, problem: Problem, x: Tensor | None) -> tuple[PicardState, int]:
         """Begin as Picard does."""
-        return self._picard.init(problem, x)
+        state, spent = self._picard.init(problem, x)
+        return (state if is_precise(state.x) else state._replace(amplification=0.0)), spent  # a proof is for float64
 
     def step(
         self, problem: Problem, state: PicardState | NewtonState | AndersonState, budget: int
@@ -48,7 +53,8 @@ class Adaptive(AbstractFixedPointSolver):
         if isinstance(state, AndersonState):
             return self._anderson.step(problem, state, budget)
         slow = state.spent >= 7 and state.remaining > min(_PATIENCE, budget)
-        if slow and state.suspect:
+        doubted = problem.amplification and state.remaining == 0  # what the loop does not believe Newton may prove
+        if doubted or (slow and state.suspect):
             method = self._newton if problem.newton_is_cheap else self._anderson
             return method.begin(problem, state.x, state.tolerance), 1
         state, spent = self._picard.step(problem, state, budget)

@@ -111,8 +111,6 @@ class Anderson(AbstractFixedPointSolver):
         # rounding gains nothing, but is no farther than it was and has moved.
         error = torch.where(rate < 1, torch.maximum(step * rate, residual), torch.inf)
         error = torch.minimum(error, state.error + step)
-        if problem.amplification:  # of the point, which is a residual farther than its image
-            error = torch.maximum(error, (1 + problem.amplification) * residual)
         state = state._replace(
             x=point,
             residual=residual,

@@ -4,13 +4,14 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from idl import checks
+from idl.linalg.operators import to_precise
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Solution:
         residual: ``|f(x) - x|`` at the returned ``x``, largest entry. Evaluated in float64, from ``u`` on, where the
             activation has a known derivative and the device has float64; else in the precision of the solve.
         steps: Applications of the map, or of its linearisation, that were spent.
-        converged: Whether the estimated error reached the tolerance (or the rounding floor of the dtype); the proved
-            error where the map contracts by ``kappa`` so close to 1 that an estimate may be far too small.
+        converged: Whether the estimated error reached the tolerance (or the rounding floor of the dtype), and the
+            proved one too where the map contracts by so little that an estimate may be over 128 times too small.
         error_bound: Proved bound on the largest entry of ``|x - x*|``, ``residual / (1 - kappa)``, where the map is
             known to contract by ``kappa`` in the max norm; ``None`` where nothing is proved or the residual is rounded.
 
@@ -128,12 +129,12 @@ class Problem(ABC):
 
     @property
     def amplification(self) -> float:
-        """The :attr:`error_factor` where an estimate is not believed, since a slow part may hide below it; else 0.
+        """Times its residual that the error of a point may be, as is proved, where no estimate is believed; else 0.
 
-        The few steps of an estimate tell how the fastest parts of an error shrink. At a factor of a hundred it may be
-        a hundred times too small, which is what tolerances are for; at ten thousand it says nothing.
+        The few steps of an estimate tell how the fastest parts of an error shrink, and a slow part hides below them. If
+        it may be a hundred times as large, tolerances allow for that; if ten thousand times, an estimate says nothing.
         """
-        return self.error_factor if _BELIEVED < self.error_factor < math.inf else 0.0
+        return 1 + self.error_factor if _BELIEVED < self.error_factor < math.inf else 0.0
 
     @property
     def can_solve(self) -> bool:
@@ -159,7 +160,8 @@ class AbstractFixedPointSolver(ABC):
     """A method that finds fixed points: an immutable value, equal to another with equal fields.
 
     To add a solver, write a frozen dataclass with :meth:`init` and :meth:`step`; the loop, the stop test for each
-    sample and the choice of the best iterate are those of :func:`idl.solvers.iterate.iterate`.
+    sample and the choice of the best iterate are those of :func:`idl.solvers.iterate.iterate`. So is the doubt about
+    estimates: where :attr:`Problem.amplification` is not 0 a row goes on until its residual is as small as that asks.
 
     Args:
         atol: Absolute tolerance on the estimated error, in the problem's norm.
@@ -185,6 +187,9 @@ class AbstractFixedPointSolver(ABC):
         >>> fixed_point(torch.cos, torch.tensor(1.0), solver=Plain()).x
         tensor(0.7391)
     """
+
+    refines: ClassVar[bool] = False
+    """Whether it goes on in float64 where float32 ends: if errors are amplified, rounding is then no end for a row."""
 
     atol: float = 3e-6
     rtol: float = 0.0
@@ -263,6 +268,16 @@ def rounding_floor(problem: Problem, x: Tensor, first: Tensor | None, dtype: tor
     if first is not None:
         size = torch.minimum(size, 1e4 * (1 + problem.norm(first).to(x.dtype)))
     return 4.0 * torch.finfo(dtype).eps * size
+
+
+def rounding_is_an_end(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor) -> bool:
+    """Return whether nothing more is to be had for a row of ``x`` that is down at rounding."""
+    return not (solver.refines and problem.amplification) or is_precise(x)
+
+
+def is_precise(x: Tensor) -> bool:
+    """Return whether ``x`` is in the highest precision of its device."""
+    return to_precise(x[:0]).dtype == x.dtype
 
 
 def has_run_away(problem: Problem, x: Tensor, first: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from idl.solvers.base import AbstractFixedPointSolver, Problem, has_run_away, rounding_floor
+from idl.solvers.base import AbstractFixedPointSolver, Problem, has_run_away, rounding_floor, rounding_is_an_end
 
 _STUCK = 8  # applications without a smaller step, after which a small one is as small as rounding lets it be
 _UNWATCHED = 16  # steps in which a solve that goes well keeps no record of its best iterate
@@ -27,7 +27,8 @@ class Iterate(NamedTuple):
 def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None, dtype: torch.dtype) -> Iterate:
     """Run ``solver`` from ``x`` until each row has converged or ``max_steps`` are spent.
 
-    A row has converged when its estimated error is within the tolerance, or its last step is down at rounding: a few
+    A row has converged when its estimated error is within the tolerance, and the proved one too where estimates are not
+    believed (:attr:`~idl.solvers.base.Problem.amplification`), or its last step is down at rounding: a few
     units in the last place of ``x``, or within the tolerance and no smaller for a while, with ``x`` staying within the
     tolerance too and no larger error to be expected (a function may be rounded coarser than its values are, as
     attention with large scores is). A row whose first images are not finite becomes NaN and costs no further step; a
@@ -47,7 +48,8 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
     before = math.inf
     first = state.x
     while True:
-        if state.settled and (spent <= _UNWATCHED or not bool(has_run_away(problem, state.x, first).any())):
+        settled = state.settled and (not problem.amplification or bool(_within(problem, state).all()))
+        if settled and (spent <= _UNWATCHED or not bool(has_run_away(problem, state.x, first).any())):
             if ended_rows is None:
                 settled = torch.ones(rows, dtype=torch.bool, device=state.x.device)
                 return Iterate(state.x.to(dtype), _filled(settled, spent), settled, True, state.rate)
@@ -57,8 +59,14 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
         # While every row is finite and the worst of them improves, the newest iterate is the best: nothing to note.
         improves = state.worst < before or state.worst == before == math.inf
         if best is not None or not improves or spent > _UNWATCHED or spent >= solver.max_steps:
-            done = _done(problem, first, state, dtype)
-            best = _Best.begin(first, state, done) if best is None else best.updated(problem, first, state, done, cost)
+            floor = rounding_floor(problem, state.x, first, dtype)
+            floor *= rounding_is_an_end(solver, problem, state.x)
+            done = _done(problem, first, state, dtype, floor)
+            best = (
+                _Best.begin(first, state, done)
+                if best is None
+                else best.updated(problem, first, state, done, cost, floor)
+            )
             ended = best.settled | best.residual.isnan()
             if spent >= solver.max_steps or bool(ended.all()):
                 break
@@ -106,12 +114,12 @@ class _Best(NamedTuple):
             torch.zeros_like(residual),
         )
 
-    def updated(self, problem: Problem, first: Tensor, state: Any, done: Tensor, cost: int) -> "_Best":
+    def updated(self, problem: Problem, first: Tensor, state: Any, done: Tensor, cost: int, floor: Tensor) -> "_Best":
         """Return the better of these and the present iterates, row by row; the last step cost ``cost``."""
         since = torch.where(state.residual < self.residual, 0, self.since + cost)
         near = (self.residual <= state.tolerance) & (problem.distance(state.x, self.x) <= state.tolerance)
         stuck = near & (since >= _STUCK) & state.error.isfinite()
-        stuck &= problem.amplification * state.residual <= state.tolerance  # else it may be the step of a slow part
+        stuck &= _within(problem, state) | (state.residual <= 4 * floor)  # else it may be the step of a slow part
         stuck &= ~has_run_away(problem, state.x, first)  # its best stays its best
         better = state.residual.isfinite() & (state.residual <= self.residual) | (done & ~self.settled)
         return _Best(
@@ -137,13 +145,18 @@ def _filled(like: Tensor, steps: int) -> Tensor:
     return torch.full_like(like, steps, dtype=torch.int64)
 
 
-def _done(problem: Problem, first: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+def _done(problem: Problem, first: Tensor, state: Any, dtype: torch.dtype, floor: Tensor) -> Tensor:
     """Return which rows are within their tolerance or down at rounding."""
-    floor = rounding_floor(problem, state.x, first, dtype)
     # A state held in higher precision is worth going on with: its error, not its step, must reach the floor.
     at_floor = (state.residual if state.x.dtype == dtype else state.error) <= floor
-    done: Tensor = ((state.error <= state.tolerance) | at_floor) & state.residual.isfinite()
+    done = ((state.error <= state.tolerance) & _within(problem, state) | at_floor) & state.residual.isfinite()
     return done & ~has_run_away(problem, state.x, first)
+
+
+def _within(problem: Problem, state: Any) -> Tensor:
+    """Return which rows may be within their tolerance for all that is proved, where an estimate is not believed."""
+    within: Tensor = problem.amplification * state.residual <= state.tolerance
+    return within
 
 
 def _rows_of(values: Any, rows: Tensor) -> Any:

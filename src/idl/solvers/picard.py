@@ -28,7 +28,7 @@ class PicardState(NamedTuple):
     slowest: float | None
     """That of the problem: a smaller contraction is not believed."""
     amplification: float
-    """Times its last step that the error of a row is taken to be at least."""
+    """That of the problem: how much smaller than the tolerance a step must be."""
     suspect: bool = False
     """Whether the test before this one already found it slow; for a solver that may change the method."""
 
@@ -36,8 +36,7 @@ class PicardState(NamedTuple):
     def error(self) -> Tensor:
         """Error of each row by the geometric series; in effect infinite where a step is no smaller than the last."""
         tiny = torch.finfo(self.residual.dtype).tiny
-        series = self.residual * (self.residual / (self.before - self.residual).clamp_min_(tiny))
-        return torch.maximum(series, self.amplification * self.residual) if self.amplification else series
+        return self.residual * (self.residual / (self.before - self.residual).clamp_min_(tiny))
 
 
 _ROUNDING = 4  # steps of so many tolerances that do not shrink are rounding, or nearly
@@ -49,9 +48,8 @@ class Picard(AbstractFixedPointSolver):
     r"""Iterate :math:`x \leftarrow (1-\alpha)\,x + \alpha f(x)`.
 
     Steps come in bursts, and a test looks at the last two steps of one. Their ratio is the contraction of each row,
-    from which follow its error, by the geometric series (Aitken), and the length of the next burst. Where the map is
-    proved to contract too slowly for that to be believed, the error is the proved one. A test costs as much as a step
-    of a small problem on a CPU, and a synchronisation on a GPU.
+    from which follow its error, by the geometric series (Aitken), and the length of the next burst. A test costs as
+    much as a step of a small problem on a CPU, and a synchronisation on a GPU.
 
     Args:
         atol, rtol, max_steps: See :class:`AbstractFixedPointSolver`.

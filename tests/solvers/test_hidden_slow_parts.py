@@ -153,6 +153,14 @@ def test_what_is_known_of_a_function_is_not_worked_out_again(monkeypatch):
     function(0.99)(A, torch.eye(9), torch.ones(2, 9)).sum().backward()
 
 
+@pytest.mark.parametrize("row_sum", [0.5, 0.99])
+def test_a_wide_constraint_raises_no_doubts_about_a_matrix_that_is_well_inside(row_sum):
+    A, u = reading(20, 20, row_sum, seed=0), driven(20, 1.0)
+    problem = AffineMap(Dense, function(0.9).activation, contraction=STIFF).at((u, A))
+    assert problem.amplification == 0
+    assert problem.contraction == pytest.approx(row_sum)
+
+
 def test_what_a_solve_worked_out_its_backward_knows(monkeypatch):
     asked = []
     bound = Dense.row_sum_bound.func

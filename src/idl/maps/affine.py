@@ -13,7 +13,7 @@ from idl import activations
 from idl.activations import Activation
 from idl.linalg.operators import Dense, StateMatrix, StrictlyLower, StrictlyUpper, to_precise
 from idl.maps.base import Adjoint, Parameters, ParametricMap, add, front
-from idl.solvers.base import Problem
+from idl.solvers.base import Problem, raises_doubts
 
 _SELF_FED = 0.5  # a unit that feeds itself less converges soon enough as it is
 _BLOCK = 16  # units that substitution settles together: small products, and few of them
@@ -26,7 +26,8 @@ class AffineMap(ParametricMap):
     Args:
         kind: Class of the state matrix, which the tensors after ``Z`` build.
         activation: The activation.
-        contraction: Factor by which the map is known to contract in the max norm, if it is.
+        contraction: Factor by which the map is known to contract in the max norm, if it is; worked out where it is not,
+            and where the bound of the matrix itself may be the difference between an estimate and a proof.
     """
 
     kind: type[StateMatrix]
@@ -37,7 +38,7 @@ class AffineMap(ParametricMap):
         """Return the map of these parameters, for a solver."""
         Z, *tensors = parameters
         problem = _AffineProblem(self.kind(*tensors), Z, self.activation)
-        problem.known = self.contraction
+        problem.known = None if self.contraction is None or raises_doubts(self.contraction) else self.contraction
         return problem
 
     def function(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:

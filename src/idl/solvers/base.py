@@ -270,6 +270,11 @@ def rounding_floor(problem: Problem, x: Tensor, first: Tensor | None, dtype: tor
     return 4.0 * torch.finfo(dtype).eps * size
 
 
+def raises_doubts(contraction: float) -> bool:
+    """Return whether a map that contracts by this may have errors far larger than estimates of them."""
+    return contraction / (1 - contraction) > _BELIEVED
+
+
 def rounding_is_an_end(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor) -> bool:
     """Return whether nothing more is to be had for a row of ``x`` that is down at rounding."""
     return not (solver.refines and problem.amplification) or is_precise(x)

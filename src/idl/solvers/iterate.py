@@ -62,11 +62,8 @@ def iterate(solver: AbstractFixedPointSolver, problem: Problem, x: Tensor | None
             floor = rounding_floor(problem, state.x, first, dtype)
             floor *= rounding_is_an_end(solver, problem, state.x)
             done = _done(problem, first, state, dtype, floor)
-            best = (
-                _Best.begin(first, state, done)
-                if best is None
-                else best.updated(problem, first, state, done, cost, floor)
-            )
+            now = first, state, done
+            best = _Best.begin(*now) if best is None else best.updated(problem, *now, cost, floor)
             ended = best.settled | best.residual.isnan()
             if spent >= solver.max_steps or bool(ended.all()):
                 break

@@ -24,7 +24,7 @@ class Solution:
             activation has a known derivative and the device has float64; else in the precision of the solve.
         steps: Applications of the map, or of its linearisation, that were spent.
         converged: Whether the estimated error reached the tolerance (or the rounding floor of the dtype), and the
-            proved one too where the map contracts by so little that an estimate may be over 128 times too small.
+            proved one too where the map contracts by so little that it may be more than 128 times the last step.
         error_bound: Proved bound on the largest entry of ``|x - x*|``, ``residual / (1 - kappa)``, where the map is
             known to contract by ``kappa`` in the max norm; ``None`` where nothing is proved or the residual is rounded.
 
@@ -42,7 +42,7 @@ class Solution:
     error_bound: Float[Tensor, "*batch"] | None = None
 
 
-_BELIEVED = 128  # times an estimate that an error may be; at kappa = .99, that of the models, it may be a hundred
+_BELIEVED = 128  # times its last step that an error may be if an estimate is to do; at the models' kappa it is 99
 
 
 class Problem(ABC):

@@ -7,7 +7,8 @@ import torch
 
 from idl import Adaptive, Anderson, ImplicitFunctionInf, Newton, Picard, activations, equilibrium
 from idl.linalg.operators import Dense, Factored
-from idl.maps.affine import SlopedMap, affine_problem
+from idl.maps.affine import SlopedMap
+from idl.maps.problems import affine_problem
 from idl.solvers.base import AbstractFixedPointSolver, State
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from idl import activations
 from idl.activations import Activation
 from idl.linalg.operators import Factored, StateMatrix
-from idl.maps.affine import MatrixProblem, affine_problem, easier_relu, easier_sloped, sloped_problem
+from idl.maps.problems import MatrixProblem, affine_problem, easier_relu, easier_sloped, sloped_problem
 from idl.recurrence.timeline import Timeline
 
 
